@@ -46,6 +46,13 @@ def test_prediction_does_not_depend_on_the_path(target):
     np.testing.assert_allclose(other, results[0], rtol=2e-4, atol=2e-4)
 
 
+def loss(net, x0, model, weight=WEIGHTS['simple']):
+  """The losses of x0 at uniform times, and the levels."""
+  level = levels.uniform()(jax.random.key(1), len(x0), model.process, None)
+  eps = jax.random.normal(jax.random.key(2), x0.shape)
+  return diffusion.loss(net, x0, eps, level, model, weight), level
+
+
 def oracle_error(target, process, error=0.1):
   """A network whose x0 is wrong by `error` everywhere, whatever it predicts."""
   x0 = jax.random.normal(jax.random.key(1), (64, 4, 4, 3))
@@ -65,7 +72,7 @@ def test_loss_does_not_depend_on_the_target(weight):
   for target in TARGETS.values():
     net, x0 = oracle_error(target, process)
     model = diffusion.Diffusion(process, target, diffusion.log_sigma(1.0))
-    value, level = diffusion.loss(net, x0, jax.random.key(2), model, levels.uniform(), weight)
+    value, level = loss(net, x0, model, weight)
     np.testing.assert_allclose(value, weight(level) * 0.01, rtol=1e-3)
 
 
@@ -73,8 +80,7 @@ def test_zero_predictor_of_eps_loses_one():
   """E|eps|^2 = 1 per element; the mean of n squares of a normal has standard error sqrt(2 / n)."""
   x0 = jax.random.normal(jax.random.key(0), (512, 8, 8, 3))
   model = diffusion.Diffusion(schedules.linear(), targets.eps(), diffusion.timestep())
-  value, _ = diffusion.loss(lambda x, noise: jnp.zeros_like(x), x0, jax.random.key(1), model,
-                            levels.uniform(), losses.simple())
+  value, _ = loss(lambda x, noise: jnp.zeros_like(x), x0, model)
   assert abs(float(value.mean()) - 1) < 3 * np.sqrt(2 / x0.size)
 
 
@@ -90,7 +96,7 @@ def test_exact_denoiser_of_a_normal_reaches_the_closed_form():
     return a * s ** 2 / (a ** 2 * s ** 2 + b ** 2) * x
 
   model = diffusion.Diffusion(process, targets.x0(), diffusion.log_sigma(1.0))
-  value, level = diffusion.loss(net, x0, jax.random.key(1), model, levels.uniform(), losses.simple())
+  value, level = loss(net, x0, model)
   expected = jnp.exp(level.logsnr) * s ** 2 * level.sigma ** 2 / (level.alpha ** 2 * s ** 2 + level.sigma ** 2)
   # Each example's mean of 64 squares has a relative standard error of sqrt(2 / 64).
   ratio = value / expected

@@ -2,10 +2,8 @@
 from collections.abc import Callable
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 
-from diffusion_jax.core.levels import Draw
 from diffusion_jax.core.losses import Weight
 from diffusion_jax.core.schedules import Process
 from diffusion_jax.core.targets import Target
@@ -47,15 +45,12 @@ def denoiser(net: Net, diffusion: Diffusion, params: Params = None) -> Denoise:
   return denoise
 
 
-def loss(net: Net, x0: Array, key: Array, diffusion: Diffusion, draw: Draw, weight: Weight,
-         params: Params = None) -> tuple[Array, Level]:
-  """The loss of each example, mean over its elements of weight(level) |x0 error|^2: ([B], the levels drawn)."""
-  level_key, eps_key = jax.random.split(key)
-  level = draw(level_key, x0.shape[0], diffusion.process, params)
-  eps = jax.random.normal(eps_key, x0.shape, x0.dtype)
+def loss(net: Net, x0: Array, eps: Array, level: Level, diffusion: Diffusion, weight: Weight,
+         params: Params = None) -> Array:
+  """Each example's mean over its elements of weight(level) |x0 error|^2, for data x0 with noise eps at level: [B]."""
   x = add_noise(x0, eps, level)
   c_in, _, c_out = diffusion.target.coeffs(level)
   noise = diffusion.noise(diffusion.process, level, params)
   error = net(expand(c_in, x) * x, noise) - diffusion.target.of(x0, eps, level)
   # The error of x0 is c_out times the error of F; multiplied on the scalars first, the product stays within range.
-  return weight(level) * c_out ** 2 * jnp.mean(error ** 2, axis=range(1, x0.ndim)), level
+  return weight(level) * c_out ** 2 * jnp.mean(error ** 2, axis=range(1, x0.ndim))

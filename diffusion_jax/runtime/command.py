@@ -1,0 +1,54 @@
+"""What every command does with its command line: `--config.a.b=value` overrides, and errors in one sentence."""
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+
+from diffusion_jax.runtime import config as config_lib
+from diffusion_jax.runtime.config import UserError
+
+INTERRUPTED = 75  # EX_TEMPFAIL: state is saved, start the same command again
+
+
+class Parser(argparse.ArgumentParser):
+  """argparse with one sentence, the nearest flag, and status 2 for bad input."""
+
+  def error(self, message: str):
+    raise UserError(f'{message} (see {self.prog} --help)')
+
+  def parse(self, argv: Sequence[str] | None) -> tuple[argparse.Namespace, dict[str, str]]:
+    """(flags, config overrides {'a.b': text}); `--config.a.b value` is accepted as well as with `=`."""
+    argv, overrides, rest = list(sys.argv[1:] if argv is None else argv), {}, []
+    while argv:
+      word = argv.pop(0)
+      if word.startswith('--config.'):
+        key, equals, text = word.removeprefix('--config.').partition('=')
+        if not equals and (not argv or argv[0].startswith('--')):
+          raise UserError(f'{word} needs a value: write {word}=VALUE')
+        overrides[key] = text if equals else argv.pop(0)
+      else:
+        rest.append(word)
+    flags, unknown = self.parse_known_args(rest)
+    if unknown:
+      known = [o for action in self._actions for o in action.option_strings]
+      raise UserError(f'{self.prog} has no flag {unknown[0]!r}{config_lib.nearest(unknown[0].split("=")[0], known)}')
+    return flags, overrides
+
+
+def parser(name: str, description: str) -> Parser:
+  """A parser with the flag that every command has."""
+  p = Parser(prog=f'diffusion-jax {name}', description=description, allow_abbrev=False)
+  p.add_argument('--allow', action='append', default=[], metavar='PACKAGE',
+                 help='a package of your own whose functions configs may call')
+  return p
+
+
+def run(main: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None = None) -> int:
+  """main(argv), with a UserError printed as one sentence."""
+  try:
+    return main(argv)
+  except UserError as e:
+    print(f'error: {e}', file=sys.stderr)
+    return e.status
+  except KeyboardInterrupt:
+    print('interrupted', file=sys.stderr)
+    return 130

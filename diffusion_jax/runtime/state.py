@@ -1,0 +1,62 @@
+"""What training carries from step to step."""
+import hashlib
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+
+Tree = Any
+
+
+@struct.dataclass
+class TrainState:
+  """step: steps taken, int32 []; params; opt_state: optax's; emas: {name: average of params}."""
+  step: jax.Array
+  params: Tree
+  opt_state: Tree
+  emas: dict[str, Tree]
+
+
+def named_leaves(tree: Tree) -> Iterator[tuple[str, Any]]:
+  """('params/net/conv_in/kernel', leaf) in the tree's own fixed order."""
+  for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+    yield jax.tree_util.keystr(path, simple=True, separator='/'), leaf
+
+
+def fingerprint(state: TrainState) -> str:
+  """SHA-256 over names, types, shapes and bytes of all parameters and averages, in order of their names."""
+  digest = hashlib.sha256()
+  for name, leaf in sorted(named_leaves({'params': state.params, 'emas': state.emas})):
+    array = np.asarray(jax.device_get(leaf))
+    digest.update(f'{name} {array.dtype} {array.shape}\n'.encode())
+    digest.update(np.ascontiguousarray(array).tobytes())
+  return digest.hexdigest()
+
+
+def num_parameters(params: Tree) -> int:
+  """How many numbers a tree of arrays (or of their shapes) holds."""
+  return sum(leaf.size for leaf in jax.tree.leaves(params))
+
+
+@jax.jit
+def checksums(tree: Tree) -> Tree:
+  """Two 32-bit sums of each array's bits, computed where the array lies, whatever its sharding: uint32 [2] a leaf.
+
+  Each word is multiplied by an odd number that depends on its place, so one changed bit always changes the sums.
+  """
+
+  def one(x):
+    x = jnp.asarray(x)
+    if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+      x = jax.random.key_data(x)
+    bits = x if x.dtype == jnp.bool_ else jax.lax.bitcast_convert_type(x, f'uint{8 * x.dtype.itemsize}')
+    words = bits.astype(jnp.uint32).ravel()
+    place = jnp.arange(words.size, dtype=jnp.uint32)
+    mix = lambda a: (a ^ (a >> 15)) * jnp.uint32(0x2C1B3C6D)
+    return jnp.stack([jnp.sum(words * (2 * mix(place + salt) + 1), dtype=jnp.uint32)
+                      for salt in (jnp.uint32(0), jnp.uint32(0x9E3779B9))])
+
+  return jax.tree.map(one, tree)

@@ -1,0 +1,254 @@
+"""COMMAND: draws images from a trained model, by id.
+
+Sample i depends on (seed, i) alone: the same image in any batch, on any number of devices. The last batch is padded,
+not compiled anew.
+"""
+import io
+import math
+import pathlib
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from PIL import Image
+
+from diffusion_jax import model as model_lib
+from diffusion_jax.core import levels, samplers
+from diffusion_jax.core.types import Array
+from diffusion_jax.model import Model, Trained
+from diffusion_jax.runtime import command, log, sharding
+from diffusion_jax.runtime.config import Config, UserError, build, explain, parse_call
+
+STRIP_IMAGES, STRIP_LEVELS, GIF_FRAMES = 8, 12, 60
+
+
+class Generator:
+  """generate(params, ids, labels) -> images, compiled once for one batch shape.
+
+  config: the sampling settings (`sampler`, `grid`, `steps`, `guidance`, `batch_size`); seed: of all samples.
+  """
+
+  def __init__(self, model: Model, config: Config, seed: int, mesh: jax.sharding.Mesh, trajectory: bool = False):
+    with explain('sampling'):
+      sharding.check_divides(mesh, config.batch_size, 'batch_size')
+    self.sampler = build(config.sampler)
+    with explain('sampling'):
+      self.grid = build(config.grid)(model.diffusion.process, config.steps, None)
+    if config.guidance != 1 and not model.num_classes:
+      raise UserError(f'guidance {config.guidance} needs a model with classes, and this one has none: use guidance 1')
+    self.nfe = self.sampler.nfe(config.steps) * (1 if config.guidance == 1 else 2)
+    self.batch_size, self.trajectory, self.mesh = config.batch_size, trajectory, mesh
+    self._compiled = None
+    self.compile_seconds = 0.0
+    root = model_lib.key(seed, 'sample')
+    first = jax.tree.map(lambda a: a[0], self.grid)
+
+    def generate(params, ids, labels):
+      keys = jax.vmap(lambda i: jax.random.fold_in(root, i))(ids)
+      denoise = model.sampling_denoiser(params, labels, config.guidance)
+      x = samplers.prior(keys, model.shape, first)
+      return jax.tree.map(model.codec.decode, samplers.solve(self.sampler, denoise, x, self.grid, keys, trajectory))
+
+    self._generate = jax.jit(generate)
+
+  def compile(self, params: Any) -> 'jax.stages.Compiled':
+    """Compiles, once, and notes the seconds it took."""
+    if self._compiled is None:
+      start = time.perf_counter()
+      self._compiled = self._generate.lower(params, *self._put(np.zeros(0), np.zeros(0))).compile()
+      self.compile_seconds = time.perf_counter() - start
+    return self._compiled
+
+  def __call__(self, params: Any, ids: Sequence[int], labels: Sequence[int]) -> Any:
+    """uint8 images [n, *S, C] of at most batch_size ids; with a trajectory (images, (x [N, n, ...], x0 estimate))."""
+    out = jax.device_get(self.compile(params)(params, *self._put(np.asarray(ids), np.asarray(labels))))
+    if not self.trajectory:
+      return out[:len(ids)]
+    return out[0][:len(ids)], jax.tree.map(lambda a: a[:, :len(ids)], out[1])
+
+  def _put(self, ids: np.ndarray, labels: np.ndarray) -> tuple[Array, Array]:
+    padded = lambda a, dtype: np.resize(a, self.batch_size).astype(dtype)  # repeats, or zeros from an empty array
+    arrays = padded(ids, np.uint32), padded(labels, np.int32)
+    return tuple(sharding.put_batch(a, self.mesh) for a in arrays)
+
+
+def labels_of(ids: Sequence[int], num_classes: int, labels: Sequence[int] = ()) -> list[int]:
+  """The label of each id: `labels` in turn, or every class in turn; 0 without classes."""
+  cycle = list(labels) or list(range(num_classes)) or [0]
+  return [cycle[i % len(cycle)] for i in ids]
+
+
+def tile(images: np.ndarray, columns: int) -> np.ndarray:
+  """Images uint8 [n, H, W, C] as one picture, row by row, small ones enlarged by a whole factor, to 32 pixels or so."""
+  n, height, width, channels = images.shape
+  scale = max(1, 32 // max(height, width))
+  rows = math.ceil(n / columns)
+  images = np.concatenate([images, np.zeros((rows * columns - n, *images.shape[1:]), np.uint8)])
+  picture = images.reshape(rows, columns, height, width, channels).swapaxes(1, 2)
+  return picture.reshape(rows * height, columns * width, channels).repeat(scale, 0).repeat(scale, 1)
+
+
+def columns_of(model: Model, count: int) -> int:
+  """How many columns a grid has: one per class if that is legible."""
+  return model.num_classes if 2 <= model.num_classes <= 16 else max(1, round(math.sqrt(count)))
+
+
+def png(image: np.ndarray) -> bytes:
+  """An image uint8 [H, W, C] as a PNG file; UserError if it has other axes or channels."""
+  if image.ndim != 3 or image.shape[-1] not in (1, 3):
+    raise UserError(f'an image of shape {image.shape} cannot be a PNG: write arrays with --out=FILE.npz')
+  buffer = io.BytesIO()
+  Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).save(buffer, 'PNG')
+  return buffer.getvalue()
+
+
+def npz(**arrays: np.ndarray) -> bytes:
+  """Arrays as a compressed .npz file."""
+  buffer = io.BytesIO()
+  np.savez_compressed(buffer, **arrays)
+  return buffer.getvalue()
+
+
+def write_trajectory(folder: pathlib.Path, x: np.ndarray, x0: np.ndarray) -> None:
+  """strip.png and trajectory.gif of x and, below it, of the x0 estimate, both uint8 [N, n, H, W, C], noise first."""
+  x, x0 = x[:, :STRIP_IMAGES], x0[:, :STRIP_IMAGES]
+  chosen = np.unique(np.linspace(0, len(x) - 1, STRIP_LEVELS).round().astype(int))
+  rows = np.stack([x[chosen], x0[chosen]]).transpose(2, 0, 1, 3, 4, 5)  # image, x or x0, level
+  log.write(folder / 'strip.png', png(tile(rows.reshape(-1, *x.shape[2:]), len(chosen))))
+  chosen = np.unique(np.linspace(0, len(x) - 1, GIF_FRAMES).round().astype(int))
+  frames = [Image.fromarray(tile(np.concatenate([x[i], x0[i]]), x.shape[1]).squeeze()) for i in chosen]
+  buffer = io.BytesIO()
+  durations = [80] * (len(frames) - 1) + [2000]
+  frames[0].save(buffer, 'GIF', save_all=True, append_images=frames[1:], duration=durations, loop=0)
+  log.write(folder / 'trajectory.gif', buffer.getvalue())
+
+
+def add_flags(p: command.Parser) -> None:
+  """The flags that sample and evaluate share."""
+  p.add_argument('--workdir', required=True, help='the run folder that train wrote')
+  p.add_argument('--num', type=int, help='how many samples, ids 0 to N-1')
+  p.add_argument('--seed', type=int, default=0, help='the seed of all samples (default 0)')
+  p.add_argument('--sampler', help=f"such as 'ddim(eta=0.5)': {', '.join(samplers.__all__)}")
+  p.add_argument('--grid', help=f"which levels are visited: {', '.join(levels.GRIDS)}")
+  p.add_argument('--steps', type=int, help='levels visited')
+  p.add_argument('--guidance', type=float, help='scale of classifier-free guidance; 1: none')
+  p.add_argument('--ema', default='', help="which average of the parameters, or 'raw' (default: the config's first)")
+  p.add_argument('--step', type=int, help='which checkpoint (default: the newest)')
+  p.add_argument('--batch_size', type=int, help='samples compiled together')
+
+
+def open_run(flags: Any) -> tuple[Trained, Config]:
+  """The trained model that the flags name, and its sampling settings with the flags' put in."""
+  if flags.num is not None and flags.num < 1:
+    raise UserError(f'--num must be at least 1, got {flags.num}')
+  if flags.seed < 0:
+    raise UserError(f'--seed must be at least 0, got {flags.seed}')
+  chosen = {}
+  for name, module in (('sampler', samplers), ('grid', levels)):
+    if getattr(flags, name):
+      chosen[name] = parse_call(getattr(flags, name), module)
+  chosen |= {k: v for k in ('steps', 'guidance', 'batch_size') if (v := getattr(flags, k)) is not None}
+
+  def choose_devices(config):
+    with config.unlocked():
+      config.sample.update(chosen)
+    model_lib.check(config)
+    sharding.use_cpu_cores(config.sample.batch_size)
+
+  trained = model_lib.restore(pathlib.Path(flags.workdir), flags.ema, flags.step, choose_devices)
+  return trained, trained.model.config.sample
+
+
+def describe(config: Config) -> dict[str, str]:
+  """'ddim(eta=0.0)' and the like for the specs of the sampling settings."""
+  def call(spec):
+    arguments = ', '.join(f'{k}={v!r}' for k, v in spec.items() if k != 'fn')
+    return f'{spec.fn.partition(":")[2]}({arguments})'
+  return {'sampler': call(config.sampler), 'grid': call(config.grid)}
+
+
+def parse_numbers(flag: str, text: str) -> list[int]:
+  """'3,5,10-12' as [3, 5, 10, 11, 12]; UserError if it is not of that form."""
+  numbers = []
+  try:
+    for part in text.split(','):
+      low, dash, high = part.partition('-')
+      numbers += range(int(low), int(high) + 1) if dash else [int(low)]
+  except ValueError:
+    numbers = []
+  if not numbers:
+    raise UserError(f"{flag} must be numbers like 3,5,10-12, got {text!r}")
+  return numbers
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+  """`diffusion-jax sample`: see --help."""
+  p = command.parser('sample', 'Draws images from a trained model.')
+  add_flags(p)
+  p.add_argument('--ids', help='which samples, such as 3,5,10-12 (instead of --num)')
+  p.add_argument('--labels', help='their classes in turn, by number or name: 7, or cat,dog (default: every class)')
+  p.add_argument('--trajectory', action='store_true', help='also a strip and a GIF of x and of the x0 estimate')
+  p.add_argument('--out', help='a folder, or FILE.npz, or FILE.png for the grid alone (default: WORKDIR/samples/final)')
+  flags, overrides = p.parse(argv)
+  if overrides:
+    raise UserError(f'sample takes its config from the run folder: --config.{next(iter(overrides))} is for train')
+  ids = parse_numbers('--ids', flags.ids) if flags.ids else list(range(flags.num or 64))
+  trained, config = open_run(flags)
+  model = trained.model
+  labels = labels_of(ids if not flags.labels else range(len(ids)), model.num_classes,
+                     _labels(flags.labels, model, trained.class_names))
+
+  mesh = sharding.make_mesh()
+  generator = Generator(model, config, flags.seed, mesh)
+  generator.compile(trained.params)
+  start = time.perf_counter()
+  images = np.concatenate([generator(trained.params, ids[i:i + config.batch_size], labels[i:i + config.batch_size])
+                           for i in range(0, len(ids), config.batch_size)])
+  seconds = time.perf_counter() - start
+
+  out = pathlib.Path(flags.out or f'{flags.workdir}/samples/final')
+  if out.suffix == '.npz':
+    log.write(out, npz(image=images, id=np.asarray(ids), label=np.asarray(labels)))
+  elif out.suffix == '.png':
+    log.write(out, png(_grid(images, model)))
+  else:
+    log.write(out / 'grid.png', png(_grid(images, model)))
+    for i, image in zip(ids, images, strict=True):
+      log.write(out / f'{i:06d}.png', png(image))
+  if flags.trajectory:
+    count = min(STRIP_IMAGES, len(ids))
+    tracer = Generator(model, config, flags.seed, mesh, trajectory=True)
+    _, (x, x0) = tracer(trained.params, ids[:count], labels[:count])
+    write_trajectory(out if not out.suffix else out.parent, x, x0)
+  print(f'{len(ids)} samples, {generator.nfe} network calls each, {len(ids) / seconds:.1f} samples/s '
+        f'(compilation {generator.compile_seconds:.1f} s apart) -> {out}')
+  return 0
+
+
+def _grid(images: np.ndarray, model: Model) -> np.ndarray:
+  if images.ndim != 4:
+    raise UserError(f'images of shape {images.shape[1:]} cannot be a PNG: write arrays with --out=FILE.npz')
+  return tile(images, columns_of(model, len(images)))
+
+
+def _labels(text: str | None, model: Model, class_names: tuple[str, ...]) -> list[int]:
+  """The labels that a flag names."""
+  if not text:
+    return []
+  if not model.num_classes:
+    raise UserError(f'--labels={text} needs a model with classes, and this one has none')
+  numbers = []
+  for word in text.split(','):
+    number = class_names.index(word) if word in class_names else int(word) if word.isdigit() else -1
+    if not 0 <= number < model.num_classes:
+      raise UserError(f'--labels: {word!r} is no class: there are 0 to {model.num_classes - 1}, '
+                      f'named {", ".join(class_names[:20])}')
+    numbers.append(number)
+  return numbers
+
+
+if __name__ == '__main__':
+  sys.exit(command.run(main))

@@ -1,0 +1,431 @@
+"""COMMAND: trains the model that a config describes, in a run folder, and resumes it there to the bit."""
+import dataclasses
+import itertools
+import json
+import pathlib
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from clu import metrics as clu_metrics
+from clu import parameter_overview, profiler
+from flax import struct
+from tqdm import tqdm
+
+from diffusion_jax import model as model_lib
+from diffusion_jax.core import diffusion, ema, schedules
+from diffusion_jax.core.types import Array
+from diffusion_jax.data import pipeline, sources
+from diffusion_jax.model import Model
+from diffusion_jax.runtime import checkpoint, command, log, optim, sharding
+from diffusion_jax.runtime import config as config_lib
+from diffusion_jax.runtime.config import Config, UserError, build, explain
+from diffusion_jax.runtime.state import TrainState, fingerprint, num_parameters
+from diffusion_jax.sample import Generator, columns_of, labels_of, png, tile
+
+BINS = np.linspace(-16, 16, 17)  # edges of the logsnr bins; what lies outside counts in the outer ones
+
+
+class NotFinite(UserError):
+  """The loss or a gradient is no longer a number."""
+  status = 1
+
+
+@struct.dataclass
+class Binned(clu_metrics.Metric):
+  """The mean of a value in each bin of logsnr."""
+  total: Array  # [bins]
+  count: Array  # [bins]
+
+  @classmethod
+  def empty(cls):
+    return cls(jnp.zeros(len(BINS) - 1), jnp.zeros(len(BINS) - 1))
+
+  @classmethod
+  def from_model_output(cls, losses: Array, logsnr: Array, **_):
+    member = jax.nn.one_hot(jnp.clip(jnp.searchsorted(BINS, logsnr) - 1, 0, len(BINS) - 2), len(BINS) - 1)
+    return cls(losses @ member, member.sum(0))
+
+  def merge(self, other):
+    return Binned(self.total + other.total, self.count + other.count)
+
+  def compute(self):
+    return jnp.where(self.count > 0, self.total / jnp.maximum(self.count, 1), jnp.nan)
+
+
+@struct.dataclass
+class Metrics(clu_metrics.Collection):
+  """What is averaged between two log records."""
+  loss: clu_metrics.Average.from_output('loss')
+  grad_norm: clu_metrics.Average.from_output('grad_norm')
+  loss_by_logsnr: Binned
+
+
+def make_step(model: Model, optimizer: optax.GradientTransformation) -> Callable:
+  """steps(state, metrics, data, batches) -> (state, metrics), one step for each along the first axis of `batches`.
+
+  data: the whole data set on the device, images uint8 [N, *S, C] and labels [N], and batches are indices [K, B]; or
+  None, and batches are themselves (images [K, B, *S, C], labels [K, B]). Randomness is a function of (seed, step).
+  """
+  config = model.config
+  draw, weight = build(config.draw), build(config.weight)
+  rates = {name: build(spec) for name, spec in config.ema.items()}
+  size, parts = config.train.batch_size, config.train.accumulate
+  root = model_lib.key(config.seed, 'train')
+
+  def one_step(carry, batch):
+    state, metrics = carry
+    images, labels = batch
+    flip_key, drop_key, level_key, eps_key, dropout_key = jax.random.split(jax.random.fold_in(root, state.step), 5)
+    if config.data.flip:
+      mirrored = jax.random.bernoulli(flip_key, 0.5, (size,) + (1,) * (images.ndim - 1))
+      images = jnp.where(mirrored, images[..., ::-1, :], images)
+    x0 = model.codec.encode(images)
+    eps = jax.random.normal(eps_key, x0.shape)
+    cond = model.cond(labels, jax.random.bernoulli(drop_key, config.label_dropout, (size,)))
+
+    def loss_of(params, i):
+      # Every parts-th example: each device keeps its own.
+      part = lambda tree: jax.tree.map(lambda a: a.reshape(size // parts, parts, *a.shape[1:])[:, i], tree)
+      level = part(draw(level_key, size, model.diffusion.process, params['process']))
+      net = lambda x, noise: model.net.apply({'params': params['net']}, x, noise, part(cond), train=True,
+                                             rngs={'dropout': jax.random.fold_in(dropout_key, i)})
+      losses = diffusion.loss(net, part(x0), part(eps), level, model.diffusion, weight, params['process'])
+      return losses.mean(), (losses, level.logsnr)
+
+    def accumulate(grads, i):
+      (_, seen), more = jax.value_and_grad(loss_of, has_aux=True)(state.params, i)
+      return jax.tree.map(lambda a, b: a + b / parts, grads, more), seen
+
+    zeros = jax.tree.map(jnp.zeros_like, state.params)
+    grads, (losses, logsnr) = loop(accumulate, zeros, jnp.arange(parts))
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    emas = {name: ema.update(average, params, rates[name](state.step, size)) for name, average in state.emas.items()}
+    metrics = metrics.merge(Metrics.single_from_model_output(
+        loss=losses.mean(), grad_norm=optax.global_norm(grads), losses=losses.ravel(), logsnr=logsnr.ravel()))
+    return (TrainState(state.step + 1, params, opt_state, emas), metrics), None
+
+  def steps(state, metrics, data, batches):
+    fetch = lambda batch: jax.tree.map(lambda a: a[batch], data) if data else batch
+    body = lambda carry, batch: one_step(carry, fetch(batch))
+    return loop(body, (state, metrics), batches)[0]
+
+  return steps
+
+
+def loop(body: Callable, carry: Any, xs: Any) -> tuple[Any, Any]:
+  """jax.lax.scan(body, carry, xs), written out where that is faster.
+
+  Inside a while loop XLA's CPU backend runs backward convolutions on one thread: a step is many times slower there.
+  """
+  length = len(jax.tree.leaves(xs)[0])
+  if length > 1 and jax.default_backend() != 'cpu':
+    return jax.lax.scan(body, carry, xs)
+  ys = []
+  for i in range(length):
+    carry, y = body(carry, jax.tree.map(lambda a, i=i: a[i], xs))
+    ys.append(y)
+  return carry, jax.tree.map(lambda *a: jnp.stack(a), *ys)
+
+
+class Batches:
+  """The batches of a config, as step functions take them: a function of (seed, step, process)."""
+
+  def __init__(self, config: Config, source: Any, mesh: jax.sharding.Mesh):
+    self.config, self.source, self.mesh = config, source, mesh
+    self.data = None
+    if source.nbytes <= config.data.resident_gib * 2 ** 30:
+      with explain('config.data'):
+        arrays = sources.arrays(source, config.data.max_bad)
+      self.data = tuple(jax.device_put(a, sharding.replicated(mesh)) for a in arrays)
+
+  def __call__(self, start: int, stop: int) -> Iterator[Any]:
+    """What each call of the steps start .. stop takes, steps_per_call steps at a time."""
+    train, where = self.config.train, (jax.process_index(), jax.process_count())
+    if self.data is not None:
+      singles = (pipeline.indices(self.config.seed, step, train.batch_size, len(self.data[0]), *where).astype(np.int32)
+                 for step in range(start, stop))
+    else:
+      singles = pipeline.stream(self.source, self.config.seed, train.batch_size, start, stop, process=where[0],
+                                num_processes=where[1], workers=self.config.data.workers,
+                                max_bad=self.config.data.max_bad)
+    with explain('config.data'):
+      while group := tuple(itertools.islice(singles, train.steps_per_call)):
+        yield jax.tree.map(lambda *a: sharding.put_batch(np.stack(a), self.mesh, axis=1), *group)
+
+
+class Interrupt:
+  """Notes Ctrl-C and SIGTERM, so that the loop can save and stop between two calls; a second one stops at once."""
+
+  def __init__(self):
+    self.received = None
+    for number in (signal.SIGINT, signal.SIGTERM):
+      signal.signal(number, self._note)
+
+  def _note(self, number, frame):
+    self.received = signal.Signals(number).name
+    signal.signal(number, signal.SIG_DFL)
+
+
+@dataclasses.dataclass
+class Schedule:
+  """Durations in steps. Everything happens at the end of a call, so all are multiples of steps_per_call."""
+  total: int
+  log: int
+  sample: int
+  checkpoint: int
+
+  @classmethod
+  def of(cls, train: Config) -> 'Schedule':
+    calls = lambda images: max(1, -(-images // (train.batch_size * train.steps_per_call)))
+    return cls(*(calls(images) * train.steps_per_call for images in
+                 (train.images, train.log_every, train.sample_every, train.checkpoint_every)))
+
+  def due(self, every: int, step: int) -> bool:
+    """Whether something done every so many steps, and at the end, is to be done after `step`."""
+    return step % every == 0 or step == self.total
+
+
+def open_source(config: Config) -> sources.Source:
+  """The data set that a config names; UserError if it cannot be had."""
+  d = config.data
+  with explain('config.data'):
+    return sources.load(d.source, d.split, size=d.size, channels=d.channels, data_dir=d.data_dir,
+                        manual_dir=d.manual_dir, max_bad=d.max_bad)
+
+
+def claim(workdir: pathlib.Path, config: Config, allow_changes: bool) -> None:
+  """Writes config.json, or compares it with the one there: UserError names what differs, unless changes are allowed."""
+  path = workdir / 'config.json'
+  if path.exists():
+    changed = config_lib.differences(config_lib.from_json(path), config)
+    if changed and not allow_changes:
+      raise UserError(f'{str(workdir)!r} holds a run with another config ({"; ".join(changed[:5])}'
+                      f'{f"; and {len(changed) - 5} more" if len(changed) > 5 else ""}): '
+                      f'give another --workdir, or continue that run with this config by --override')
+    if changed:
+      log.append(workdir / 'overrides.jsonl', {'time': log.now(), 'changed': changed})
+  log.write(path, config_lib.to_json(config))
+
+
+def write_about(workdir: pathlib.Path, model: Model, source: sources.Source, parameters: int) -> None:
+  """The records that say what is trained on what: data.json, schedule.json, run.json."""
+  log.write_json(workdir / 'data.json', {
+      'source': source.name, 'split': source.split, 'shape': source.shape, 'num_examples': len(source),
+      'num_classes': source.num_classes, 'class_names': source.class_names})
+  process, t = model.diffusion.process, np.linspace(0, 1, 201)
+  level = process.path.level(jnp.asarray(schedules.evaluate(process, t), jnp.float32))
+  log.write_json(workdir / 'schedule.json', {'t': t, **level._asdict()})
+  log.write_json(workdir / 'run.json', {'started': log.now(), 'command': sys.argv, 'parameters': parameters,
+                                        **log.provenance()})
+
+
+def train(config: Config, workdir: pathlib.Path, allow_changes: bool = False, profile: bool = False) -> int:
+  """Trains, or resumes, in `workdir`; returns the exit status: 0 finished, 75 interrupted with everything saved."""
+  claim(workdir, config, allow_changes)
+  done_path = workdir / 'done.json'
+  schedule = Schedule.of(config.train)
+  interrupt = Interrupt()
+
+  source = open_source(config)
+  with explain('config'):
+    mesh = sharding.make_mesh(**config.mesh)
+    sharding.check_divides(mesh, config.train.batch_size // config.train.accumulate, 'train.batch_size / accumulate')
+  model = model_lib.make(config, source.shape, source.num_classes)
+  optimizer = model_lib.optimizer_of(config)
+  previews = Previews(model, mesh, workdir)
+  abstract = model_lib.abstract_state(model, mesh)
+
+  checkpoints = checkpoint.Checkpoints(workdir, config.train.keep, writer=True)
+  restored = checkpoints.restore(abstract)
+  if restored:
+    state, meta = restored
+    if meta['step'] >= schedule.total and done_path.exists():
+      checkpoints.close()
+      print(f'{workdir} is trained already: {json.loads(done_path.read_text())["images"]:,} images')
+      return 0
+  else:
+    shardings = jax.tree.map(lambda a: a.sharding, abstract)
+    init = jax.jit(lambda key: model_lib.initial_state(model, optimizer, key), out_shardings=shardings)
+    state, meta = init(model_lib.key(config.seed, 'init')), {'step': 0, 'seconds': 0.0}
+  done_path.unlink(missing_ok=True)
+  write_about(workdir, model, source, num_parameters(abstract.params))
+  records = log.Run(workdir)
+
+  batches = Batches(config, source, mesh)
+  metrics = jax.device_put(Metrics.empty(), sharding.replicated(mesh))
+  calls = batches(meta['step'], schedule.total)
+  first = next(calls, None)
+  compiled, compile_seconds = compile_step(model, optimizer, state, metrics, batches.data, first)
+  if profile:
+    profiler.start(str(workdir / 'profile'))
+
+  step, seconds, last = meta['step'], meta['seconds'], time.perf_counter()
+  bar = tqdm(total=schedule.total * config.train.batch_size, initial=step * config.train.batch_size, unit=' images',
+             unit_scale=True, desc=workdir.name, disable=not sys.stderr.isatty(), dynamic_ncols=True)
+  logged_step, logged_seconds = step, seconds
+
+  def clock():  # the time spent in steps: that of pictures and records is not charged to training
+    nonlocal seconds, last
+    seconds, last = seconds + time.perf_counter() - last, time.perf_counter()
+
+  for batch in itertools.chain([first] if first is not None else [], calls):
+    state, metrics = compiled(state, metrics, batches.data, batch)
+    step += config.train.steps_per_call
+    bar.update(config.train.batch_size * config.train.steps_per_call)
+    stopping = interrupt.received is not None
+    saving = stopping or schedule.due(schedule.checkpoint, step)
+    if saving or schedule.due(schedule.log, step):
+      values = jax.device_get(metrics)
+      clock()
+      record = describe(values.compute(), config, step, logged_step, seconds, logged_seconds)
+      if not np.isfinite([record['loss'], record['grad_norm']]).all():
+        checkpoints.close()
+        records.close()
+        raise NotFinite(f'the loss or its gradient is not finite between steps {logged_step} and {step} (loss '
+                        f'{record["loss"]}, gradient norm {record["grad_norm"]}): the checkpoints before are '
+                        f'untouched; try a lower config.learning_rate.peak or config.clip_norm')
+      records.metrics(record)
+      bar.set_postfix(loss=f'{record["loss"]:.4f}', refresh=False)
+      metrics = jax.device_put(Metrics.empty(), sharding.replicated(mesh))
+      logged_step, logged_seconds = step, seconds
+      if saving:
+        checkpoints.save(state, {'step': step, 'images': step * config.train.batch_size, 'seconds': seconds})
+      last = time.perf_counter()
+    if stopping:
+      break
+    if schedule.due(schedule.sample, step):
+      jax.block_until_ready(state)
+      clock()
+      records.image('samples', previews.write(state, step), step)
+      last = time.perf_counter()
+
+  bar.close()
+  checkpoints.close()
+  records.close()
+  if profile:
+    profiler.stop()
+  images = step * config.train.batch_size
+  if step < schedule.total:
+    print(f'{interrupt.received}: saved step {step} ({images:,} images); the same command continues from there')
+    return command.INTERRUPTED
+  rate = images / seconds if seconds else None
+  log.write_json(done_path, {'images': images, 'seconds': seconds, 'images_per_second': rate,
+                             'compile_seconds': compile_seconds, 'fingerprint': fingerprint(state)})
+  print(f'{images:,} images in {seconds:.1f} s, {rate:,.0f} images/s (compilation {compile_seconds:.1f} s apart) '
+        f'-> {workdir}')
+  return 0
+
+
+def compile_step(model: Model, optimizer: Any, *arguments: Any) -> tuple[Callable, float]:
+  """The train step compiled for (state, metrics, data, batch), and the seconds that took; None without a batch."""
+  if arguments[-1] is None:
+    return None, 0.0
+  start = time.perf_counter()
+  state, data = arguments[0], arguments[2]
+  shardings = jax.tree.map(lambda a: a.sharding, arguments[:2])
+  steps = jax.jit(make_step(model, optimizer), donate_argnums=(0, 1), out_shardings=shardings)
+  return steps.lower(state, arguments[1], data, arguments[3]).compile(), time.perf_counter() - start
+
+
+def describe(values: dict[str, Any], config: Config, step: int, since: int, seconds: float,
+             seconds_since: float) -> dict[str, Any]:
+  """A record of metrics.jsonl: averages over the steps since the last one."""
+  size = config.train.batch_size
+  rate = optim.learning_rate(**config.learning_rate, total_images=config.train.images, batch_size=size)
+  return {
+      'step': step, 'images': step * size, 'seconds': seconds,
+      'loss': float(values['loss']), 'grad_norm': float(values['grad_norm']),
+      'images_per_second': (step - since) * size / max(seconds - seconds_since, 1e-9),
+      'learning_rate': float(rate(step - 1)),
+      'logsnr_bins': BINS.tolist(), 'loss_by_logsnr': values['loss_by_logsnr'].tolist()}
+
+
+class Previews:
+  """Sample grids while training: the same ids each time, by the first average."""
+
+  def __init__(self, model: Model, mesh: jax.sharding.Mesh, workdir: pathlib.Path):
+    self.model, self.folder = model, workdir / 'samples'
+    count = model.config.sample.batch_size // mesh.size * mesh.size or mesh.size
+    with model.config.unlocked():
+      settings = Config({**model.config.sample, 'batch_size': count})
+    self.generator = Generator(model, settings, model.config.seed, mesh)
+
+  def write(self, state: TrainState, step: int) -> np.ndarray:
+    """Writes samples/<images>.png and returns the picture."""
+    average = state.emas[next(iter(state.emas))]
+    ids = range(min(self.generator.batch_size, 100))
+    images = self.generator(average, ids, labels_of(ids, self.model.num_classes))
+    if images.ndim != 4 or images.shape[-1] not in (1, 3):
+      return np.zeros((1, 1, 3), np.uint8)  # signals and volumes have no picture
+    picture = tile(images, columns_of(self.model, len(images)))
+    log.write(self.folder / f'{step * self.model.config.train.batch_size:09d}.png', png(picture))
+    return picture
+
+
+def dry_run(config: Config) -> int:
+  """Prints parameters, shapes, FLOPs and memory of the train step, and trains nothing."""
+  shape = (config.data.size, config.data.size, config.data.channels)
+  num_classes = config.net.get('num_classes', 0)
+  if not config.data.size:  # only the data knows
+    source = open_source(config)
+    shape, num_classes = source.shape, source.num_classes
+  with explain('config'):
+    mesh = sharding.make_mesh(**config.mesh)
+    sharding.check_divides(mesh, config.train.batch_size // config.train.accumulate, 'train.batch_size / accumulate')
+  model = model_lib.make(config, shape, num_classes)
+  optimizer = model_lib.optimizer_of(config)
+  state = model_lib.abstract_state(model, mesh)
+  size, steps = config.train.batch_size, config.train.steps_per_call
+  images = jax.ShapeDtypeStruct((steps, size, *shape), jnp.uint8, sharding=sharding.batch(mesh, 1))
+  labels = jax.ShapeDtypeStruct((steps, size), jnp.int32, sharding=sharding.batch(mesh, 1))
+  metrics = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding.replicated(mesh)),
+                         jax.eval_shape(Metrics.empty))
+  compiled, seconds = compile_step(model, optimizer, state, metrics, None, (images, labels))
+  memory, cost = compiled.memory_analysis(), compiled.cost_analysis() or {}
+  print(parameter_overview.get_parameter_overview(state.params['net'], include_stats=False))
+  gib = lambda n: f'{n / 2 ** 30:.3f} GiB'
+  for name, value in {
+      'batch': f'{size} x {shape} uint8, over a mesh of {dict(mesh.shape)}',
+      'parameters': f'{num_parameters(state.params["net"]):,}',
+      'train state': gib(sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(state))),
+      'FLOPs of a step': f'{cost["flops"] * mesh.size / steps:.3e}' if cost.get('flops', 0) > 0 else 'unknown here',
+      'memory of a device': f'{gib(memory.argument_size_in_bytes)} arguments + {gib(memory.temp_size_in_bytes)} '
+                            f'temporary' if memory else 'unknown here',
+      'steps': f'{Schedule.of(config.train).total:,} of {size} images',
+      'compilation': f'{seconds:.1f} s on {log.device()}'}.items():
+    print(f'{name:>18}: {value}')
+  return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+  """`diffusion-jax train`: see --help."""
+  p = command.parser('train', 'Trains the model of a config; started again in the same folder, continues.')
+  p.add_argument('--config', required=True, metavar='FILE[:RUN]', help='a config file; --config.a.b=value overrides')
+  p.add_argument('--workdir', help='the run folder')
+  p.add_argument('--override', action='store_true', help='continue a run although the config has changed')
+  p.add_argument('--dry_run', action='store_true', help='print parameters, shapes, FLOPs and memory, then exit')
+  p.add_argument('--profile', action='store_true', help='write a profile for TensorBoard into WORKDIR/profile')
+  flags, overrides = p.parse(argv)
+  for package in flags.allow:
+    config_lib.allow(package)
+  config = config_lib.load(flags.config)
+  config_lib.override(config, overrides)
+  model_lib.check(config)
+  sharding.use_cpu_cores(config.train.batch_size // config.train.accumulate)
+  if flags.dry_run:
+    return dry_run(config)
+  if not flags.workdir:
+    raise UserError('give --workdir=FOLDER, where the run is kept')
+  return train(config, pathlib.Path(flags.workdir), flags.override, flags.profile)
+
+
+if __name__ == '__main__':
+  sys.exit(command.run(main))

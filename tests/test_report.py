@@ -1,0 +1,342 @@
+"""The page holds what the records say, whatever they say, and nothing from anywhere else."""
+
+import ast
+import base64
+import itertools
+import json
+import math
+import re
+import struct
+import sys
+import zlib
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from diffusion_jax import report
+
+SECTIONS = ['Samples', 'Evaluation', 'Training', 'Denoising', 'Schedule', 'Config', 'Provenance']
+HOSTILE = [
+  '<script>alert(1)</script>', '"><img onerror=alert(1) src=x>', "' onload='x", '</style></title>', '&lt; {0} $body']
+GIF = base64.b64decode('R0lGODlhAQABAIAAAAAAAP///yH5BAEAAAAALAAAAAABAAEAAAIBRAA7')
+
+
+class Page(HTMLParser):
+  """The elements and words of a page; fails where tags are not balanced."""
+  VOID = ('meta', 'link', 'img', 'input', 'br', 'wbr')
+
+  def __init__(self, source):
+    super().__init__()
+    self.open, self.tags, self.words = [], [], []
+    self.feed(source)
+    self.close()
+    assert not self.open
+
+  def handle_starttag(self, tag, attrs):
+    self.tags.append((tag, dict(attrs)))
+    if tag not in self.VOID:
+      self.open.append(tag)
+
+  def handle_startendtag(self, tag, attrs):
+    self.tags.append((tag, dict(attrs)))
+
+  def handle_endtag(self, tag):
+    assert self.open.pop() == tag
+
+  def handle_data(self, data):
+    self.words.append(data)
+
+  def all(self, tag, **attrs):
+    return [found for name, found in self.tags if name == tag and attrs.items() <= found.items()]
+
+  @property
+  def text(self):
+    return ' '.join(''.join(self.words).split())
+
+
+def png(width=18, height=9):
+  chunk = lambda kind, data: struct.pack('>I', len(data)) + kind + data + struct.pack('>I', zlib.crc32(kind + data))
+  header = struct.pack('>IIBBBBB', width, height, 8, 0, 0, 0, 0)
+  pixels = zlib.compress((b'\0' + b'\x80' * width) * height)
+  return b'\x89PNG\r\n\x1a\n' + chunk(b'IHDR', header) + chunk(b'IDAT', pixels) + chunk(b'IEND', b'')
+
+
+def put(path, *records):
+  path.parent.mkdir(parents=True, exist_ok=True)
+  path.write_text('\n'.join(map(json.dumps, records)))
+
+
+def measured(metric, value, ci=None, **changes):
+  return {
+    'metric': metric, 'value': value, 'ci': ci, 'step': 20, 'images': 64000, 'ema': 'main', 'sampler': 'ddim(eta=0.0)',
+    'grid': 'trailing', 'nfe': 50, 'guidance': 1.0, 'seed': 0, 'num_samples': 500, 'reference_hash': 'ab12',
+    'device': 'cpu x2', 'versions': {'jax': '0.10.2'}} | changes
+
+
+def line(step, loss, **more):
+  return {'step': step, 'images': 3200 * step, 'seconds': 2.9 * step, 'loss': loss} | more
+
+
+def make_run(folder, word='digits'):
+  """A folder with every record in it; `word` stands wherever a record holds a string."""
+  put(folder / 'config.json', {
+    word: word, 'process': {'fn': 'diffusion_jax.core.schedules:cosine', 'shift': 1.0, 'path': {'fn': f'm:{word}'}}})
+  put(folder / 'run.json', {
+    'started': word, 'device': word, 'versions': {word: word}, 'git_revision': word, 'parameters': 1234567,
+    'command': ['train', word]})
+  put(folder / 'schedule.json', {
+    't': [0, .5, 1], 'logsnr': [None, 0, None], 'alpha': [1, .7, 0], 'sigma': [0, .7, 1]})
+  put(folder / 'metrics.jsonl', *(
+    line(i, 1 / i, logsnr_bins=[-1, 0, 1], loss_by_logsnr=[.5, None]) for i in range(1, 21)))
+  put(folder / 'eval.jsonl', measured(word, .5, sampler=word, grid=word, ema=word),
+      measured('fd_digits', 9.354, [8.701, 9.916]), measured('fd_digits_floor', 5.5), measured('compile_seconds', 75),
+      measured('samples_per_second', 812.3, device=word), measured('peak_memory_bytes', 3 * 2**29))
+  put(folder / 'done.json', {'images': 64000, 'seconds': 58, 'images_per_second': 1103.4, 'fingerprint': word})
+  for name in ('000000000', '000032000', '000064000', 'final/grid', 'final/strip'):
+    path = folder / f'samples/{name}.png'
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(png())
+  (folder / 'samples/final/trajectory.gif').write_bytes(GIF)
+  return folder
+
+
+def made(*folders):
+  """The page of these runs and its source."""
+  source = report.page(report.read_runs(folders))
+  return Page(source), source
+
+
+def curves(page):
+  return [found['d'] for found in page.all('path') if found['class'].startswith('curve')]
+
+
+def test_a_full_run_shows_every_section(tmp_path):
+  page, _ = made(make_run(tmp_path / 'run'))
+  assert [found['id'] for found in page.all('section')] == [title.lower() for title in SECTIONS]
+  assert len(page.all('h1')) == 1 and len(page.all('h2')) == len(SECTIONS)
+  titles = ('Loss', 'Loss by logsnr', 'alpha and sigma', 'logsnr')
+  assert [found['aria-label'] for found in page.all('svg')] == list(titles)
+  assert len(page.all('img')) == 6
+  assert all(found['alt'] and found['src'].startswith('data:image/') for found in page.all('img'))
+  for words in ('fd_digits 9.35 (95 % interval 8.70 to 9.92; real held-out digits score 5.50) from 500 samples, '
+                '50 network calls each, 812 samples per second on digits; trained on 64,000 images in 58 s.',
+                '9.35 [8.70, 9.92]', '1 min 15 s', '1.5 GiB', '1,234,567', 'cosine(shift=1.0, path=digits())', 'ab12'):
+    assert words in page.text, words
+
+
+def test_the_page_loads_nothing(tmp_path):
+  page, source = made(make_run(tmp_path / 'run'))
+  for _, attrs in page.tags:
+    for value in (attrs.get('src'), attrs.get('href')):
+      assert value is None or value.startswith(('data:', '#'))
+  assert not re.search(r'https?:|url\(|@import', source)
+  assert not page.all('script')
+  [policy] = page.all('meta', **{'http-equiv': 'Content-Security-Policy'})
+  assert policy['content'].startswith("default-src 'none'; img-src data:; style-src 'unsafe-inline'")
+
+
+def made_of(folder, word):
+  """The pages of runs whose every name and string is `word`: one run alone, and several of which one is bare."""
+  name = word.replace('/', '|')
+  full, odd = make_run(folder / f'{name} full', word), make_run(folder / f'{name} odd', word)
+  bare = folder / f'{name} bare'
+  (odd / 'samples/final').rename(odd / f'samples/{name}')
+  put(odd / 'eval.jsonl', measured(f'fd_{word}', 1, [0, 2]), measured(f'fd_{word}_floor', .5))
+  put(bare / 'config.json', {})
+  return made(full), made(full, odd, bare)
+
+
+@pytest.mark.parametrize('word', HOSTILE)
+def test_records_cannot_write_markup(tmp_path, word):
+  for (tame, _), (hostile, source) in zip(made_of(tmp_path, 'tame'), made_of(tmp_path, word), strict=True):
+    assert [(tag, sorted(attrs)) for tag, attrs in hostile.tags] == [(tag, sorted(attrs)) for tag, attrs in tame.tags]
+    assert word not in source or not re.search('[<"\']', word)
+    assert ' '.join(word.split()) in hostile.text
+
+
+def test_several_runs_are_overlaid(tmp_path):
+  first, second = make_run(tmp_path / 'first'), make_run(tmp_path / 'second')
+  one, _ = made(first)
+  page, _ = made(first, second)
+  assert len(page.all('svg')) == len(one.all('svg')) and len(curves(page)) == 2 * len(curves(one))
+  assert len(page.all('th', scope='row')) == 2 * len(one.all('th', scope='row'))
+  assert 'first, alpha' in page.text and 'second, sigma' in page.text
+  assert {'curve c0', 'curve c1', 'curve c0 dashed', 'curve c1 dashed'} <= {p['class'] for p in page.all('path')}
+
+
+def test_runs_of_one_name_are_told_apart(tmp_path):
+  folders = [make_run(tmp_path / 'a/run'), make_run(tmp_path / 'b/run')]
+  assert [run.label for run in report.read_runs(folders)] == list(map(str, folders))
+
+
+def test_missing_records_name_the_command_that_makes_them(tmp_path):
+  put(tmp_path / 'my run/config.json', {})
+  page, _ = made(tmp_path / 'my run')
+  assert [found['id'] for found in page.all('section')] == [title.lower() for title in SECTIONS]
+  assert 'Not trained yet; not evaluated yet.' in page.text
+  for command in ('sample', 'evaluate', 'train'):
+    assert f"diffusion-jax {command} --workdir='{tmp_path / 'my run'}'" in page.text
+  assert '--trajectory' in page.text
+
+
+@pytest.mark.parametrize('name', ['run.json', 'schedule.json', 'done.json', 'metrics.jsonl', 'eval.jsonl'])
+@pytest.mark.parametrize('content', [
+  '', '{"step": 1, "lo', '[]', '3', '{}', '{"t": 3, "alpha": [null, "x"], "step": "1", "images": [], "metric": 5}'])
+def test_a_broken_record_is_a_missing_one(tmp_path, name, content):
+  folder = make_run(tmp_path / 'run')
+  (folder / name).write_text(content)
+  made(folder)
+
+
+def test_half_written_lines_and_repeated_steps(tmp_path):
+  folder = make_run(tmp_path / 'run')
+  put(folder / 'metrics.jsonl', line(1, .1), line(3, 9.), line(2, 8.), line(2, .2), line(3, .3))
+  whole = report.read_runs([folder])[0].metrics
+  assert [(record['step'], record['loss']) for record in whole] == [(1, .1), (2, .2), (3, .3)]
+  with open(folder / 'metrics.jsonl', 'a') as f:
+    f.write('\n{"step": 4, "images": 12')
+  assert report.read_runs([folder])[0].metrics == whole
+
+
+def test_half_written_pictures_are_left_out(tmp_path):
+  folder = make_run(tmp_path / 'run')
+  (folder / 'samples/final/grid.png').write_bytes(png()[:12])
+  page, _ = made(folder)
+  assert len(page.all('img')) == 5 and 'grid.png is not a picture, or still being written.' in page.text
+
+
+def test_the_newest_grid_of_training_is_large_and_at_most_eight_are_small(tmp_path):
+  put(tmp_path / 'config.json', {})
+  (tmp_path / 'samples').mkdir()
+  for images in range(0, 3000, 100):
+    (tmp_path / f'samples/{images:09d}.png').write_bytes(png())
+  page, _ = made(tmp_path)
+  large, *small = page.all('img')
+  assert '2,900 images' in large['alt'] and len(small) == 8
+  assert '0 images' in small[0]['alt'] and '2,800 images' in small[-1]['alt']
+  # Whole factors keep the pixels of a digit square.
+  assert all(int(found['width']) % 18 == 0 and found['class'] == 'pixels' for found in page.all('img'))
+  assert int(large['width']) > int(small[0]['width'])
+
+
+def test_evaluations_with_other_settings_have_their_own_rows(tmp_path):
+  folder = make_run(tmp_path / 'run')
+  put(folder / 'eval.jsonl', measured('fd_digits', 7., step=30, images=96000), measured('fd_digits', 14., nfe=10),
+      measured('fd_digits', 9.), measured('accuracy_digits', .5), measured('fd_digits', 8.))
+  run, = report.read_runs([folder])
+  values = [{metric: record['value'] for metric, record in row.items()} for row in report.evaluations(run)]
+  assert values == [{'fd_digits': 14.}, {'fd_digits': 8., 'accuracy_digits': .5}, {'fd_digits': 7.}]
+  page, _ = made(folder)
+  assert 'fd_digits 7.00 from 500 samples, 50 network calls each, after 96,000 images; trained on' in page.text
+
+
+def test_a_chart_lifts_its_pen_at_gaps():
+  values = [1, 2, None, 3, float('nan'), float('inf'), -float('inf'), 10**400, 4, 5, 'x', True]
+  source = report.chart('a', 'x', [report.Series('s', list(enumerate(report.numbers(values))))])
+  path, = curves(Page(source))
+  assert path.count('M') == 3 and path.count('L') == 2
+  assert 'nan' not in source and 'inf' not in source
+
+
+def test_a_chart_of_nothing_is_nothing():
+  assert report.chart('a', 'x', []) == ''
+  assert report.chart('a', 'x', [report.Series('s', [(0, None), (None, 1)])]) == ''
+
+
+@pytest.mark.parametrize('log', [False, True])
+@pytest.mark.parametrize('values', [
+  [5], [0, 0], [1e-320, 2e-320], [1e99, -1e99], [1e-99, 1e99], [1e16, 1e16 + 2], [.1, .9], [3, 4000], [-1, 0, 1]])
+def test_every_range_has_axes_and_stays_inside(values, log):
+  page = Page(report.chart('a', 'x', [report.Series('s', list(enumerate(values)))], log))
+  path, = curves(page)
+  places = [tuple(map(float, pair)) for pair in re.findall(r'([\d.-]+),([\d.-]+)', path)]
+  assert len(places) == len(values)
+  assert all(44 <= x <= 408 and 8 <= y <= 214 for x, y in places)
+  assert places == sorted(places, key=lambda place: place[0])
+  by_value = [places[i][1] for i in sorted(range(len(values)), key=values.__getitem__)]
+  assert by_value == sorted(by_value, reverse=True)  # greater is higher
+
+
+@pytest.mark.parametrize('low, high', [(0, 1), (-7.3, 12), (0, 64000), (1e-9, 2e-9), (.999, 1.001), (-1e99, 1e99)])
+def test_ticks_are_few_round_and_inside(low, high):
+  ticks = report.ticks(low, high)
+  assert 2 <= len(ticks) <= 7 and low <= min(ticks) and max(ticks) <= high
+  steps = {float(f'{b - a:.6g}') for a, b in itertools.pairwise(ticks)}
+  assert len(steps) == 1 and f'{steps.pop():.6e}'[0] in '125'
+
+
+@pytest.mark.parametrize('low, high', [(.13, 11), (1e-6, 3), (.02, .3), (1e-99, 1e99)])
+def test_log_ticks_are_few_round_and_inside(low, high):
+  ticks = report.ticks(low, high, log=True)
+  assert 2 <= len(ticks) <= 8 and low <= min(ticks) and max(ticks) <= high
+  assert all(f'{tick:.6e}'[:8] in ('1.000000', '2.000000', '5.000000') for tick in ticks)
+
+
+def test_a_long_curve_keeps_its_mean_and_its_extremes():
+  points = [(i, math.sin(i)) for i in range(1000)]
+  curve, band = report.thinned(points)
+  assert len(curve) == len(band) <= 200
+  assert sum(y for _, y in curve) / len(curve) == pytest.approx(sum(y for _, y in points) / 1000)
+  assert max(high for *_, high in band) == max(y for _, y in points)
+  assert all(low <= y <= high for (_, y), (_, low, high) in zip(curve, band, strict=True))
+  assert report.thinned(points[:200]) == (points[:200], [])
+
+
+@pytest.mark.parametrize('value, words', [
+  (64000, '64,000'), (9.354, '9.35'), (8.7, '8.70'), (812.3, '812'), (.01234, '0.0123'), (1234.5, '1,234'),
+  (0., '0.00'), (1.5e-7, '1.50e-07'), (-3.14159, '-3.14'), (None, report.NOTHING),
+  (math.nan, report.NOTHING), ('9', report.NOTHING)])
+def test_numbers_read_well(value, words):
+  assert report.shown(value) == words
+
+
+@pytest.mark.parametrize('metric, value, words', [
+  ('latency_seconds', .0123, '12.3 ms'), ('latency_seconds', 58, '58 s'), ('compile_seconds', 75, '1 min 15 s'),
+  ('x_seconds', 7500, '2 h 5 min'), ('x_seconds', 273600, '3 d 4 h'), ('x_bytes', 512, '512 B'), ('x_bytes', 0, '0 B'),
+  ('x_bytes', 3 * 2**29, '1.5 GiB'), ('x_bytes', 2**62, '4.194e+06 TiB'), ('x_bytes', None, report.NOTHING)])
+def test_units_follow_the_name_of_the_metric(metric, value, words):
+  assert report.quantity(metric, value) == words
+
+
+def test_the_command_writes_beside_the_run_or_where_it_is_told(tmp_path, capsys, monkeypatch):
+  folder = make_run(tmp_path / 'run')
+  monkeypatch.chdir(tmp_path)
+  for argv, out in (([str(folder)], folder / 'report.html'), (['run', '--out', 'page.html'], Path('page.html')),
+                    (['run', 'run'], Path('report.html'))):
+    assert report.main(argv) == 0
+    assert capsys.readouterr().out == f'{out}\n'
+    Page(out.read_text('utf-8'))
+  assert sorted(path.name for path in tmp_path.iterdir()) == ['page.html', 'report.html', 'run']
+
+
+@pytest.mark.parametrize('config, words', [
+  (None, 'has no config.json'), ('{"a": ', 'is not JSON'), ('[1]', 'is not a JSON object'), (b'\xff', 'is not JSON')])
+def test_bad_input_is_answered_with_a_sentence(tmp_path, capsys, config, words):
+  if config is not None:
+    (tmp_path / 'config.json').write_bytes(config if isinstance(config, bytes) else config.encode())
+  assert report.main([str(tmp_path)]) == 2
+  said = capsys.readouterr()
+  assert said.err.startswith('error: ') and words in said.err and said.err.count('\n') == 1 and not said.out
+  assert not (tmp_path / 'report.html').exists()
+
+
+def test_bad_folders_are_answered_with_a_sentence(tmp_path, capsys):
+  run = str(make_run(tmp_path / 'run'))
+  for argv in ([str(tmp_path / 'nowhere')], [run, '--out', str(tmp_path / 'nowhere/page.html')], [run, '--out', run]):
+    assert report.main(argv) == 2
+    assert re.fullmatch(r'error: .*\.\n', capsys.readouterr().err)
+
+
+def test_strings_that_no_encoding_holds(tmp_path):
+  folder = make_run(tmp_path / 'run', 'lone \ud800 surrogate')
+  assert report.main([str(folder)]) == 0
+  Page((folder / 'report.html').read_text('utf-8'))
+
+
+def test_report_imports_the_standard_library_alone():
+  for node in ast.walk(ast.parse(Path(report.__file__).read_text('utf-8'))):
+    if isinstance(node, ast.ImportFrom):
+      assert node.level == 0 and node.module.split('.')[0] in sys.stdlib_module_names
+    elif isinstance(node, ast.Import):
+      assert all(alias.name.split('.')[0] in sys.stdlib_module_names for alias in node.names)
