@@ -229,7 +229,6 @@ def write_about(workdir: pathlib.Path, model: Model, source: sources.Source, par
 
 def train(config: Config, workdir: pathlib.Path, allow_changes: bool = False, profile: bool = False) -> int:
   """Trains, or resumes, in `workdir`; returns the exit status: 0 finished, 75 interrupted with everything saved."""
-  claim(workdir, config, allow_changes)
   done_path = workdir / 'done.json'
   schedule = Schedule.of(config.train)
   interrupt = Interrupt()
@@ -243,6 +242,7 @@ def train(config: Config, workdir: pathlib.Path, allow_changes: bool = False, pr
   previews = Previews(model, mesh, workdir)
   abstract = model_lib.abstract_state(model, mesh)
 
+  claim(workdir, config, allow_changes)  # everything that can be wrong with the input has been seen
   checkpoints = checkpoint.Checkpoints(workdir, config.train.keep, writer=True)
   restored = checkpoints.restore(abstract)
   if restored:
@@ -254,7 +254,10 @@ def train(config: Config, workdir: pathlib.Path, allow_changes: bool = False, pr
   else:
     shardings = jax.tree.map(lambda a: a.sharding, abstract)
     init = jax.jit(lambda key: model_lib.initial_state(model, optimizer, key), out_shardings=shardings)
-    state, meta = init(model_lib.key(config.seed, 'init')), {'step': 0, 'seconds': 0.0}
+    key = model_lib.key(config.seed, 'init')
+    # Run once: on CPU, optimising the code for hundreds of random draws takes longer than everything else together.
+    quick = {'xla_backend_optimization_level': 0} if jax.default_backend() == 'cpu' else None
+    state, meta = init.lower(key).compile(compiler_options=quick)(key), {'step': 0, 'seconds': 0.0}
   done_path.unlink(missing_ok=True)
   write_about(workdir, model, source, num_parameters(abstract.params))
   records = log.Run(workdir)

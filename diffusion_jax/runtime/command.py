@@ -1,7 +1,11 @@
 """What every command does with its command line: `--config.a.b=value` overrides, and errors in one sentence."""
 import argparse
+import os
+import pathlib
 import sys
 from collections.abc import Callable, Sequence
+
+import jax
 
 from diffusion_jax.runtime import config as config_lib
 from diffusion_jax.runtime.config import UserError
@@ -43,7 +47,10 @@ def parser(name: str, description: str) -> Parser:
 
 
 def run(main: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None = None) -> int:
-  """main(argv), with a UserError printed as one sentence."""
+  """main(argv), with compiled programs kept for the next time, and a UserError printed as one sentence."""
+  if not os.environ.get('JAX_COMPILATION_CACHE_DIR'):
+    cache = pathlib.Path(os.environ.get('XDG_CACHE_HOME') or '~/.cache').expanduser() / 'diffusion_jax'
+    jax.config.update('jax_compilation_cache_dir', str(cache))
   try:
     return main(argv)
   except UserError as e:

@@ -41,22 +41,19 @@ def num_parameters(params: Tree) -> int:
   return sum(leaf.size for leaf in jax.tree.leaves(params))
 
 
-@jax.jit
-def checksums(tree: Tree) -> Tree:
-  """Two 32-bit sums of each array's bits, computed where the array lies, whatever its sharding: uint32 [2] a leaf.
+def checksums(tree: Tree) -> dict[str, list[int]]:
+  """{name: two 32-bit sums of the array's bits}, computed where each array lies, whatever its sharding."""
+  sums = {name: _sums(leaf) for name, leaf in named_leaves(tree)}
+  return {name: np.asarray(two).tolist() for name, two in sums.items()}
 
-  Each word is multiplied by an odd number that depends on its place, so one changed bit always changes the sums.
-  """
 
-  def one(x):
-    x = jnp.asarray(x)
-    if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
-      x = jax.random.key_data(x)
-    bits = x if x.dtype == jnp.bool_ else jax.lax.bitcast_convert_type(x, f'uint{8 * x.dtype.itemsize}')
-    words = bits.astype(jnp.uint32).ravel()
-    place = jnp.arange(words.size, dtype=jnp.uint32)
-    mix = lambda a: (a ^ (a >> 15)) * jnp.uint32(0x2C1B3C6D)
-    return jnp.stack([jnp.sum(words * (2 * mix(place + salt) + 1), dtype=jnp.uint32)
-                      for salt in (jnp.uint32(0), jnp.uint32(0x9E3779B9))])
-
-  return jax.tree.map(one, tree)
+@jax.jit  # compiled once for a shape: a tree has hundreds of arrays and a few dozen shapes
+def _sums(x: jax.Array) -> jax.Array:
+  """Each word of x times an odd number that depends on its place, summed: one changed bit always changes the sums."""
+  if jnp.issubdtype(x.dtype, jnp.bool_):
+    x = x.astype(jnp.uint8)
+  words = jax.lax.bitcast_convert_type(x, f'uint{8 * x.dtype.itemsize}').astype(jnp.uint32).ravel()
+  place = jnp.arange(words.size, dtype=jnp.uint32)
+  mix = lambda a: (a ^ (a >> 15)) * jnp.uint32(0x2C1B3C6D)
+  return jnp.stack([jnp.sum(words * (2 * mix(place + salt) + 1), dtype=jnp.uint32)
+                    for salt in (jnp.uint32(0), jnp.uint32(0x9E3779B9))])
