@@ -173,8 +173,9 @@ def key(seed: int, purpose: str) -> Array:
 
 
 class Trained(NamedTuple):
-  """A model and one set of its parameters out of a run folder."""
+  """A model and one set of its parameters out of a run folder, on every device of `mesh`."""
   model: Model
+  mesh: jax.sharding.Mesh
   params: Any
   step: int
   images: int
@@ -197,14 +198,15 @@ def restore(workdir: pathlib.Path, ema_name: str, step: int | None,
   about = json.loads((workdir / 'data.json').read_text())
   model = make(config, about['shape'], about['num_classes'])
   checkpoints = Checkpoints(workdir)
-  found = checkpoints.restore(abstract_state(model), step)
+  mesh = sharding.make_mesh()
+  found = checkpoints.restore(abstract_state(model, mesh), step)
   checkpoints.close()
   if found is None:
     raise UserError(f'there is no checkpoint in {str(workdir)!r} yet: let train reach its first')
   state, meta = found
   name = ema_name or next(iter(config.ema))
   params = state.params if name == 'raw' else state.emas[name]
-  return Trained(model, params, meta['step'], meta['images'], name, tuple(about['class_names']))
+  return Trained(model, mesh, params, meta['step'], meta['images'], name, tuple(about['class_names']))
 
 
 def optimizer_of(config: Config) -> optax.GradientTransformation:
@@ -223,8 +225,7 @@ def initial_state(model: Model, optimizer: optax.GradientTransformation, key: Ar
                     emas={name: jax.tree.map(jnp.copy, params) for name in model.config.ema})
 
 
-def abstract_state(model: Model, mesh=None) -> TrainState:
-  """Shapes, types and shardings of the train state, on `mesh` or on the first device alone."""
-  mesh = mesh or sharding.make_mesh(1, 1)
+def abstract_state(model: Model, mesh: jax.sharding.Mesh) -> TrainState:
+  """Shapes, types and shardings of the train state on `mesh`."""
   shapes = jax.eval_shape(lambda k: initial_state(model, optimizer_of(model.config), k), jax.random.key(0))
   return abstract_with(shapes, sharding.state(shapes, mesh))

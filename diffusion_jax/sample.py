@@ -201,8 +201,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   labels = labels_of(ids if not flags.labels else range(len(ids)), model.num_classes,
                      _labels(flags.labels, model, trained.class_names))
 
-  mesh = sharding.make_mesh()
-  generator = Generator(model, config, flags.seed, mesh)
+  generator = Generator(model, config, flags.seed, trained.mesh)
   generator.compile(trained.params)
   start = time.perf_counter()
   images = np.concatenate([generator(trained.params, ids[i:i + config.batch_size], labels[i:i + config.batch_size])
@@ -220,7 +219,7 @@ def main(argv: Sequence[str] | None = None) -> int:
       log.write(out / f'{i:06d}.png', png(image))
   if flags.trajectory:
     count = min(STRIP_IMAGES, len(ids))
-    tracer = Generator(model, config, flags.seed, mesh, trajectory=True)
+    tracer = Generator(model, config, flags.seed, trained.mesh, trajectory=True)
     _, (x, x0) = tracer(trained.params, ids[:count], labels[:count])
     write_trajectory(out if not out.suffix else out.parent, x, x0)
   print(f'{len(ids)} samples, {generator.nfe} network calls each, {len(ids) / seconds:.1f} samples/s '

@@ -1,0 +1,37 @@
+"""`diffusion-jax <command>`, the same as `python -m diffusion_jax.<command>`."""
+import difflib
+import importlib
+import sys
+
+COMMANDS = {
+    'train': 'trains the model of a config, or continues',
+    'sample': 'draws images from a trained model',
+    'evaluate': 'scores a trained model against real images',
+    'report': 'makes one HTML page from run folders',
+}
+
+
+def main() -> int:
+  """Imports the command that the first word names and runs it; help costs no import of jax."""
+  words = sys.argv[1:]
+  if not words or words[0] in ('-h', '--help', 'help'):
+    print('usage: diffusion-jax COMMAND [flags]\n')
+    for name, what in COMMANDS.items():
+      print(f'  {name:10}{what}')
+    print('\ndiffusion-jax COMMAND --help lists the flags of a command.')
+    return 0
+  name, *rest = words
+  if name not in COMMANDS:
+    match = difflib.get_close_matches(name, COMMANDS, 1)
+    print(f'error: there is no command {name!r}' + (f'; did you mean {match[0]!r}?' if match else
+                                                    f', only {", ".join(COMMANDS)}'), file=sys.stderr)
+    return 2
+  module = importlib.import_module(f'diffusion_jax.{name}')
+  if name == 'report':  # reads records only, and stands alone
+    return module.main(rest)
+  from diffusion_jax.runtime import command
+  return command.run(module.main, rest)
+
+
+if __name__ == '__main__':
+  sys.exit(main())

@@ -1,0 +1,80 @@
+"""Charts keep inside their axes and drop nothing; numbers read as one would say them."""
+import itertools
+import math
+import re
+
+import pytest
+
+from diffusion_jax import svg
+
+
+def curves(source):
+  """The paths of the curves of a chart."""
+  return re.findall(r'<path class="curve[^"]*" d="([^"]*)"', source)
+
+
+def test_a_chart_lifts_its_pen_at_gaps():
+  values = [1, 2, None, 3, float('nan'), float('inf'), -float('inf'), 10**400, 4, 5, 'x', True]
+  source = svg.chart('a', 'x', [svg.Series('s', list(enumerate(svg.numbers(values))))])
+  path, = curves(source)
+  assert path.count('M') == 3 and path.count('L') == 2
+  assert 'nan' not in source and 'inf' not in source
+
+
+def test_a_chart_of_nothing_is_nothing():
+  assert svg.chart('a', 'x', []) == ''
+  assert svg.chart('a', 'x', [svg.Series('s', [(0, None), (None, 1)])]) == ''
+
+
+@pytest.mark.parametrize('log', [False, True])
+@pytest.mark.parametrize('values', [
+  [5], [0, 0], [1e-320, 2e-320], [1e99, -1e99], [1e-99, 1e99], [1e16, 1e16 + 2], [.1, .9], [3, 4000], [-1, 0, 1]])
+def test_every_range_has_axes_and_stays_inside(values, log):
+  path, = curves(svg.chart('a', 'x', [svg.Series('s', list(enumerate(values)))], log))
+  places = [tuple(map(float, pair)) for pair in re.findall(r'([\d.-]+),([\d.-]+)', path)]
+  assert len(places) == len(values)
+  assert all(44 <= x <= 408 and 8 <= y <= 214 for x, y in places)
+  assert places == sorted(places, key=lambda place: place[0])
+  by_value = [places[i][1] for i in sorted(range(len(values)), key=values.__getitem__)]
+  assert by_value == sorted(by_value, reverse=True)  # greater is higher
+
+
+@pytest.mark.parametrize('low, high', [(0, 1), (-7.3, 12), (0, 64000), (1e-9, 2e-9), (.999, 1.001), (-1e99, 1e99)])
+def test_ticks_are_few_round_and_inside(low, high):
+  ticks = svg.ticks(low, high)
+  assert 2 <= len(ticks) <= 7 and low <= min(ticks) and max(ticks) <= high
+  steps = {float(f'{b - a:.6g}') for a, b in itertools.pairwise(ticks)}
+  assert len(steps) == 1 and f'{steps.pop():.6e}'[0] in '125'
+
+
+@pytest.mark.parametrize('low, high', [(.13, 11), (1e-6, 3), (.02, .3), (1e-99, 1e99)])
+def test_log_ticks_are_few_round_and_inside(low, high):
+  ticks = svg.ticks(low, high, log=True)
+  assert 2 <= len(ticks) <= 8 and low <= min(ticks) and max(ticks) <= high
+  assert all(f'{tick:.6e}'[:8] in ('1.000000', '2.000000', '5.000000') for tick in ticks)
+
+
+def test_a_long_curve_keeps_its_mean_and_its_extremes():
+  points = [(i, math.sin(i)) for i in range(1000)]
+  curve, band = svg.thinned(points)
+  assert len(curve) == len(band) <= 200
+  assert sum(y for _, y in curve) / len(curve) == pytest.approx(sum(y for _, y in points) / 1000)
+  assert max(high for *_, high in band) == max(y for _, y in points)
+  assert all(low <= y <= high for (_, y), (_, low, high) in zip(curve, band, strict=True))
+  assert svg.thinned(points[:200]) == (points[:200], [])
+
+
+@pytest.mark.parametrize('value, words', [
+  (64000, '64,000'), (9.354, '9.35'), (8.7, '8.70'), (812.3, '812'), (.01234, '0.0123'), (1234.5, '1,234'),
+  (0., '0.00'), (1.5e-7, '1.50e-07'), (-3.14159, '-3.14'), (None, svg.NOTHING),
+  (math.nan, svg.NOTHING), ('9', svg.NOTHING)])
+def test_numbers_read_well(value, words):
+  assert svg.shown(value) == words
+
+
+@pytest.mark.parametrize('metric, value, words', [
+  ('latency_seconds', .0123, '12.3 ms'), ('latency_seconds', 58, '58 s'), ('compile_seconds', 75, '1 min 15 s'),
+  ('x_seconds', 7500, '2 h 5 min'), ('x_seconds', 273600, '3 d 4 h'), ('x_bytes', 512, '512 B'), ('x_bytes', 0, '0 B'),
+  ('x_bytes', 3 * 2**29, '1.5 GiB'), ('x_bytes', 2**62, '4.194e+06 TiB'), ('x_bytes', None, svg.NOTHING)])
+def test_units_follow_the_name_of_the_metric(metric, value, words):
+  assert svg.quantity(metric, value) == words
