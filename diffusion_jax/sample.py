@@ -23,6 +23,7 @@ from diffusion_jax.runtime import command, log, sharding
 from diffusion_jax.runtime.config import Config, UserError, build, explain, parse_call
 
 STRIP_IMAGES, STRIP_LEVELS, GIF_FRAMES = 8, 12, 60
+LINE = 96  # the grey between two images
 
 
 class Generator:
@@ -82,13 +83,14 @@ def labels_of(ids: Sequence[int], num_classes: int, labels: Sequence[int] = ()) 
 
 
 def tile(images: np.ndarray, columns: int) -> np.ndarray:
-  """Images uint8 [n, H, W, C] as one picture, row by row, small ones enlarged by a whole factor, to 32 pixels or so."""
+  """Images uint8 [n, H, W, C] as one picture, row by row, a line apart; small ones are enlarged by a whole factor."""
   n, height, width, channels = images.shape
-  scale = max(1, 32 // max(height, width))
-  rows = math.ceil(n / columns)
-  images = np.concatenate([images, np.zeros((rows * columns - n, *images.shape[1:]), np.uint8)])
-  picture = images.reshape(rows, columns, height, width, channels).swapaxes(1, 2)
-  return picture.reshape(rows * height, columns * width, channels).repeat(scale, 0).repeat(scale, 1)
+  scale, rows = max(1, 32 // max(height, width)), math.ceil(n / columns)
+  picture = np.full((rows, height + 1, columns, width + 1, channels), LINE, np.uint8)
+  for i, image in enumerate(images):
+    picture[i // columns, :height, i % columns, :width] = image
+  picture = picture.reshape(rows * (height + 1), columns * (width + 1), channels)
+  return picture[:-1, :-1].repeat(scale, 0).repeat(scale, 1)
 
 
 def columns_of(model: Model, count: int) -> int:

@@ -31,8 +31,8 @@ class UNet(nn.Module):
 
   def __post_init__(self):
     checks = [
-        (self.channels >= 2 and self.blocks >= 1 and len(self.multipliers) >= 1,
-         f'channels, blocks and multipliers must be at least 2, 1 and one level, '
+        (self.channels >= 4 and self.blocks >= 1 and len(self.multipliers) >= 1,
+         f'channels, blocks and multipliers must be at least 4, 1 and one level, '
          f'got {self.channels}, {self.blocks} and {tuple(self.multipliers)}'),
         (all(m >= 1 and self.channels * m % max(self.groups, 1) == 0 for m in self.multipliers) and self.groups >= 1,
          f'groups must divide the width of every level: widths '

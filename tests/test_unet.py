@@ -1,0 +1,372 @@
+"""Layers against plain formulas, the U-Net against DDPM's published sizes and against diffusers' UNet2DModel."""
+import functools
+import itertools
+import math
+import pathlib
+import re
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.signal
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+from safetensors.numpy import load_file
+
+from diffusion_jax.nets import codecs, layers
+from diffusion_jax.nets.unet import SelfAttention, UNet, upsample
+from diffusion_jax.runtime import sharding
+
+FIXTURE = pathlib.Path(__file__).parent / 'fixtures' / 'unet2d_ddpm_cifar10'
+SMALL = functools.partial(UNet, channels=8, multipliers=(1, 2), blocks=1, attention=(4,), dropout=0.0, groups=4,
+                          num_classes=3)
+# What is run here is run once: its compilation takes longer than slow code.
+jit = functools.partial(jax.jit, compiler_options={'xla_backend_optimization_level': 0})
+SPACES = [(7,), (6,), (5, 4), (3, 4, 5)]
+
+
+def shapes_of(net, x_shape):
+  """The shapes of the net's parameters, without computing any."""
+  cond = {'label': jax.ShapeDtypeStruct(x_shape[:1], jnp.int32)}
+  x, noise = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in (x_shape, x_shape[:1]))
+  return jax.eval_shape(net.init, jax.random.key(0), x, noise, cond)['params']
+
+
+def filled(shapes, seed=0):
+  """Parameters of a net that is not at its initialisation: nothing is zero, and signals keep their size."""
+  rng = np.random.default_rng(seed)
+  def fill(path, leaf):
+    noise = rng.standard_normal(leaf.shape) / math.sqrt(max(math.prod(leaf.shape[:-1]), 1))
+    return jnp.asarray(1 + 0.1 * noise if path[-1].key == 'scale' else noise, jnp.float32)
+  return jax.tree_util.tree_map_with_path(fill, shapes)
+
+
+def normal(*shape, seed=1):
+  return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+# The whole network
+
+
+@pytest.mark.parametrize(('net', 'size', 'count'), [
+    (UNet(), 32, 35_746_307), (UNet(multipliers=(1, 1, 2, 2, 4, 4)), 256, 113_673_219)], ids=['CIFAR-10', '256x256'])
+def test_parameter_counts_are_ddpms(net, size, count):
+  """The paper says 35.7M and 114M (appendix B)."""
+  assert sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes_of(net, (1, size, size, 3)))) == count
+
+
+def ours(key):
+  """The path in our tree of a key of diffusers' UNet2DModel with four levels."""
+  for pattern, name in [
+      (r'time_embedding\.linear_1', 'embed_in'), (r'time_embedding\.linear_2', 'embed_out'),
+      ('conv_norm_out', 'norm_out'),
+      (r'mid_block\.attentions\.0', 'middle_attention'), (r'mid_block\.resnets\.(\d)', r'middle_block_\1'),
+      (r'(down|up)_blocks\.(\d)\.(down|up)samplers\.0\.conv', r'\1_\2_\3sample'),
+      (r'(down|up)_blocks\.(\d)\.resnets\.(\d)', r'\1_\2_block_\3'),
+      (r'(down|up)_blocks\.(\d)\.attentions\.(\d)', r'\1_\2_attention_\3'),
+      (r'\.norm1', '.norm_0'), (r'\.norm2', '.norm_1'), (r'\.conv1', '.conv_0'), (r'\.conv2', '.conv_1'),
+      (r'\.time_emb_proj', '.embed'), (r'\.conv_shortcut', '.shortcut'), (r'\.group_norm', '.norm'),
+      (r'\.to_q', '.query'), (r'\.to_k', '.key'), (r'\.to_v', '.value'), (r'\.to_out\.0', '.out')]:
+    key = re.sub(pattern, name, key)
+  # diffusers counts the way up from the smallest level, we name levels by their size on both ways.
+  return tuple(re.sub(r'^up_(\d)', lambda match: f'up_{3 - int(match[1])}', key).split('.'))
+
+
+def converted(weights):
+  """diffusers' tensors as our tree: NCHW kernels to channels last, linear ones transposed."""
+  tree = {}
+  for key, tensor in weights.items():
+    *path, kind = ours(key)
+    if kind == 'weight':
+      kind = 'scale' if tensor.ndim == 1 else 'kernel'
+      tensor = tensor.transpose({1: (0,), 2: (1, 0), 4: (2, 3, 1, 0)}[tensor.ndim])
+    node = tree
+    for name in path:
+      node = node.setdefault(name, {})
+    node[kind] = tensor
+  return tree
+
+
+def test_equals_diffusers():
+  """DDPM's CIFAR-10 network in another library, all its parameters random, computed there in float64."""
+  net = UNet(channels=8, multipliers=(1, 2, 2, 2), blocks=2, attention=(16,), dropout=0.0, groups=4)
+  params = converted(load_file(f'{FIXTURE}.safetensors'))
+  saved = np.load(f'{FIXTURE}.npz')
+  x = saved['sample'].transpose(0, 2, 3, 1)
+  assert jax.tree.map(np.shape, params) == jax.tree.map(lambda leaf: leaf.shape, shapes_of(net, x.shape))
+  out = jit(lambda params, x, t: net.apply({'params': params}, x, t, {}))(params, x, saved['timestep'])
+  np.testing.assert_allclose(out, saved['output'].transpose(0, 2, 3, 1), atol=1e-4)
+
+
+@pytest.mark.parametrize('space', [(8,), (8, 16), (4, 8, 8)])
+def test_one_to_three_spatial_axes_keep_their_shape(space):
+  net = SMALL()
+  shapes = shapes_of(net, (2, *space, 3))
+  assert shapes['conv_in']['kernel'].shape == (3,) * len(space) + (3, 8)
+  out = jax.eval_shape(lambda p, x: net.apply({'params': p}, x, x[:, 0].ravel()[:2], {'label': jnp.zeros(2, int)}),
+                       shapes, jnp.zeros((2, *space, 3)))
+  assert (out.shape, out.dtype) == ((2, *space, 3), jnp.float32)
+
+
+def test_no_spatial_axis_is_special():
+  """Turning a volume and every kernel turns the output, through convolutions at stride 1 and 2 and attention."""
+  net = UNet(channels=4, multipliers=(1, 1), blocks=1, attention=(2,), groups=2)
+  params, x, noise = filled(shapes_of(net, (1, 4, 4, 4, 1))), normal(1, 4, 4, 4, 1), jnp.full(1, 300.0)
+  turn = lambda a, first: a.transpose(*range(first), first + 2, first, first + 1, *range(first + 3, a.ndim))
+  apply = jit(lambda params, x: net.apply({'params': params}, x, noise, {}))
+  turned = apply(jax.tree.map(lambda a: turn(a, 0) if a.ndim == 5 else a, params), turn(x, 1))
+  np.testing.assert_allclose(turned, turn(apply(params, x), 1), atol=1e-5)
+  assert not np.allclose(turned, apply(params, x), atol=1e-2)
+
+
+@pytest.fixture(scope='module')
+def small():
+  """(net, x, params) of a small net with labels, on one axis."""
+  net, x = SMALL(dropout=0.5), normal(4, 8, 3)
+  return net, x, filled(shapes_of(net, x.shape))
+
+
+@pytest.fixture(scope='module')
+def apply(small):
+  """apply(noise=, label=, drop=, key=, params=) of the small net; a key turns training on."""
+  net, x, usual = small
+  compiled = jit(lambda params, noise, cond, key: net.apply({'params': params}, x, noise, cond, train=key is not None,
+                                                            rngs=None if key is None else {'dropout': key}))
+  def run(noise=500.0, label=0, drop=False, key=None, params=usual):
+    cond = {'label': jnp.broadcast_to(jnp.asarray(label), 4), 'drop': jnp.broadcast_to(drop, 4)}
+    return np.asarray(compiled(params, jnp.full(4, noise), cond, key))
+  return run
+
+
+def test_zero_at_initialisation(small, apply):
+  """By its last layer alone, whatever the others hold."""
+  net, x, params = small
+  last = jit(lambda key: net.init(key, x, jnp.ones(4), {'label': jnp.zeros(4, int)})['params']['conv_out'])
+  zero = apply(params={**params, 'conv_out': last(jax.random.key(0))})
+  np.testing.assert_array_equal(zero, np.zeros_like(x))
+  assert np.abs(apply()).max() > 0.1
+
+
+def test_output_depends_on_noise_and_label(apply):
+  outputs = [apply(), apply(noise=501.0), apply(label=1), apply(label=2)]
+  for a, b in itertools.combinations(outputs, 2):
+    assert np.abs(a - b).max() > 1e-3
+
+
+def test_a_dropped_label_is_the_null_class(apply):
+  null = apply(label=3)
+  for label in range(3):
+    np.testing.assert_array_equal(apply(label=label, drop=True), null)
+    assert np.abs(apply(label=label) - null).max() > 1e-3
+  mixed = apply(label=jnp.arange(4) % 3, drop=jnp.array([True, False, False, True]))
+  np.testing.assert_array_equal(mixed[[0, 3]], null[[0, 3]])
+  np.testing.assert_array_equal(mixed[1], apply(label=1)[1])
+
+
+def test_dropout_is_for_training_alone(apply):
+  first, second = apply(key=jax.random.key(1)), apply(key=jax.random.key(2))
+  assert np.abs(first - second).max() > 1e-2
+  np.testing.assert_array_equal(first, apply(key=jax.random.key(1)))
+  assert np.abs(apply() - first).max() > 1e-2  # which took no key at all
+
+
+@pytest.mark.parametrize(('make', 'words'), [
+    (lambda: UNet(dropout=1.0), r'dropout must lie in \[0, 1\), got 1.0'),
+    (lambda: UNet(dropout=-0.1), r'dropout must lie in \[0, 1\), got -0.1'),
+    (lambda: UNet(channels=8, multipliers=(1, 2), groups=3), r'widths \[8, 16\], groups 3'),
+    (lambda: UNet(groups=0), r'groups 0'),
+    (lambda: UNet(multipliers=(1, 0)), r'widths \[128, 0\]'),
+    (lambda: UNet(dtype='float16'), "dtype must be 'float32' or 'bfloat16', got 'float16'"),
+    (lambda: UNet(num_classes=-1), 'num_classes must be at least 0, got -1'),
+    (lambda: UNet(channels=2, groups=1), r'at least 4, 1 and one level, got 2, 2 and \(1, 2, 2, 2\)'),
+    (lambda: UNet(blocks=0), r'got 128, 0 and'),
+    (lambda: UNet(multipliers=()), r'got 128, 2 and \(\)'),
+    (lambda: shapes_of(UNet(), (1, 32, 12, 3)), r'4 levels need sizes divisible by 8, got \(32, 12\)'),
+    (lambda: layers.GroupNorm(4).init(jax.random.key(0), jnp.zeros((1, 8, 6))), '6 channels, 4 groups'),
+])
+def test_bad_arguments_are_named_with_both_values(make, words):
+  with pytest.raises(ValueError, match=words):
+    make()
+
+
+# Layers
+
+
+@pytest.mark.parametrize('dim', [4, 32, 33, 128])
+def test_embedding_closed_form(dim):
+  noise, half = np.array([0.0, 1.0, 17.25, 999.0]), dim // 2
+  expected = np.zeros((4, dim))
+  for k in range(half):
+    frequency = 10_000 ** (-k / (half - 1))
+    expected[:, k], expected[:, half + k] = np.sin(noise * frequency), np.cos(noise * frequency)
+  np.testing.assert_allclose(layers.timestep_embedding(jnp.asarray(noise), dim), expected, atol=2e-4)
+
+
+@pytest.mark.parametrize('space', SPACES)
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+def test_group_norm_is_the_two_pass_formula(space, dtype):
+  x = jnp.asarray(3 + 2 * normal(2, *space, 6), dtype)
+  net = layers.GroupNorm(3)
+  params = {'scale': normal(6, seed=2), 'bias': normal(6, seed=3)}
+  groups = np.asarray(x, np.float64).reshape(2, -1, 3, 2)
+  mean = groups.mean((1, 3), keepdims=True)
+  variance = ((groups - mean) ** 2).mean((1, 3), keepdims=True)
+  expected = ((groups - mean) / np.sqrt(variance + 1e-6)).reshape(x.shape) * params['scale'] + params['bias']
+  out = jit(net.apply)({'params': params}, x)
+  assert out.dtype == dtype
+  np.testing.assert_allclose(np.asarray(out, np.float64), expected, **(
+      {'atol': 1e-5} if dtype == 'float32' else {'rtol': 2 ** -8, 'atol': 1e-5}))  # the statistics are float32 in both
+
+
+@pytest.mark.parametrize('space', SPACES)
+@pytest.mark.parametrize('size', [1, 3])
+@pytest.mark.parametrize('stride', [1, 2])
+def test_conv_is_a_correlation(space, size, stride):
+  """Against SciPy's. TensorFlow's SAME: at stride 2 an even axis is padded behind alone, an odd one on both sides."""
+  net, x = layers.Conv(2, size, stride), normal(2, *space, 3)
+  params = filled(jax.eval_shape(net.init, jax.random.key(0), x)['params'])
+  kernel = np.asarray(params['kernel'], np.float64)
+  pad = [(0, 0) if size == 1 else (0, 1) if stride == 2 and n % 2 == 0 else (1, 1) for n in space]
+  expected = np.empty((2, *(-(-n // stride) for n in space), 2))
+  for b, o in np.ndindex(2, 2):
+    full = sum(scipy.signal.correlate(np.pad(x[b, ..., i], pad), kernel[..., i, o], 'valid', 'direct')
+               for i in range(3))
+    expected[b, ..., o] = full[(slice(None, None, stride),) * len(space)] + params['bias'][o]
+  np.testing.assert_allclose(jit(net.apply)({'params': params}, x), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize('space', [(6,), (2, 3)])
+def test_attention_closed_form_and_order_of_positions(space):
+  """Softmax(Q K' C^-1/2) V over all positions, whatever their arrangement; so permuting them permutes the output."""
+  net, x = SelfAttention(groups=2, dtype='float32'), normal(2, *space, 8)
+  params = filled(jax.eval_shape(net.init, jax.random.key(0), x)['params'])
+  run = jit(lambda x: net.apply({'params': params}, x))
+  flat = x.reshape(2, 6, 8)
+  h = np.asarray(jit(layers.GroupNorm(2).apply)({'params': params['norm']}, flat), np.float64)
+  dense = lambda name, h: h @ np.asarray(params[name]['kernel'], np.float64) + params[name]['bias']
+  query, key, value = (dense(name, h) for name in ('query', 'key', 'value'))
+  weights = np.exp(query @ key.transpose(0, 2, 1) / np.sqrt(8))
+  expected = flat + dense('out', weights / weights.sum(-1, keepdims=True) @ value)
+  np.testing.assert_allclose(run(x).reshape(2, 6, 8), expected, atol=1e-5)
+  order = np.random.default_rng(0).permutation(6)
+  np.testing.assert_allclose(run(flat[:, order].reshape(x.shape)).reshape(2, 6, 8), expected[:, order], atol=1e-5)
+  assert not np.allclose(expected[:, order], expected, atol=0.1)
+
+
+def test_upsample_repeats_every_element():
+  x = normal(1, 2, 3, 1)
+  np.testing.assert_array_equal(upsample(jnp.asarray(x)), np.kron(x, np.ones((1, 2, 2, 1))))
+
+
+# bfloat16
+
+
+PRODUCTS = {'dot': (layers._dot, layers._dot_kernel_grad, (2, 5, 3), (3, 4))} | {
+    f'conv, stride {stride}, size {size}, {space}': (
+        functools.partial(layers._conv, stride=stride),
+        functools.partial(layers._conv_kernel_grad, stride=stride, size=size),
+        (2, *space, 3), (size,) * len(space) + (3, 4))
+    for stride, size, space in itertools.product((1, 2), (1, 3), SPACES)}
+
+
+@pytest.fixture(scope='module')
+def gradients():
+  """{product: (gradients by the handwritten rule, gradients by JAX)} of x, kernel and bias, all in one program."""
+  def of(affine, x, kernel, bias):
+    out, pull = jax.vjp(affine, x, kernel, bias)
+    return pull(jnp.sin(jnp.arange(out.size, dtype=out.dtype)).reshape(out.shape))
+  arguments = {name: (normal(*x), normal(*kernel, seed=2), normal(4, seed=3))
+               for name, (_, _, x, kernel) in PRODUCTS.items()}
+  def both(arguments):
+    return {name: (of(functools.partial(layers._low_precision, product, kernel_grad, jnp.dtype('float32')),
+                      *arguments[name]),
+                   of(lambda x, kernel, bias, product=product: product(x, kernel) + bias, *arguments[name]))
+            for name, (product, kernel_grad, _, _) in PRODUCTS.items()}
+  return jit(both)(arguments)
+
+
+@pytest.mark.parametrize('name', PRODUCTS)
+def test_handwritten_gradients_are_jaxs(gradients, name):
+  for handwritten, jaxs in zip(*gradients[name], strict=True):
+    assert handwritten.shape == jaxs.shape and np.abs(jaxs).max() > 0.1
+    np.testing.assert_allclose(handwritten, jaxs, atol=1e-5, rtol=1e-5)
+
+
+def loss_of(net):
+  """Of (params, x): the mean square of the output."""
+  return lambda params, x: jnp.mean(net.apply(
+      {'params': params}, x, jnp.linspace(0, 999, len(x)), {'label': jnp.zeros(len(x), int)}).astype(jnp.float32) ** 2)
+
+
+def test_bfloat16_keeps_parameters_and_gradients_float32():
+  net = SMALL(dtype='bfloat16')
+  shapes = shapes_of(net, (4, 8, 3))
+  grads = jax.eval_shape(jax.grad(loss_of(net)), shapes, jnp.zeros((4, 8, 3)))
+  assert {leaf.dtype for tree in (shapes, grads) for leaf in jax.tree.leaves(tree)} == {jnp.dtype('float32')}
+
+
+def test_bfloat16_is_close_to_float32_and_not_float32(small, apply):
+  _, x, params = small
+  net, cond = SMALL(dtype='bfloat16'), {'label': jnp.zeros(4, int)}
+  full, low = apply(), jit(lambda params: net.apply({'params': params}, x, jnp.full(4, 500.0), cond))(params)
+  assert low.dtype == full.dtype == jnp.float32
+  # One rounding to bfloat16 changes a number by 2^-9 at most: less than a tenth of that would not be bfloat16.
+  assert 2e-4 < np.linalg.norm(low - full) / np.linalg.norm(full) < 2e-2
+
+
+class Naive(nn.Module):
+  """What flax does with dtype=bfloat16: it casts the kernel, so that the gradient of the cast is what is reduced."""
+
+  @nn.compact
+  def __call__(self, x, noise, cond):
+    return nn.Dense(3, dtype=jnp.bfloat16)(nn.Conv(8, (3,), dtype=jnp.bfloat16)(x))
+
+
+def reduced_types(net, folder):
+  """The types that two devices sum over each other in the gradient of the loss, the batch spread over them.
+
+  Read from the program right after XLA has split it over the devices: later passes are the backend's own, and those
+  of the CPU turn every bfloat16 sum into float32, so that the compiled program would acquit any net.
+  """
+  mesh = sharding.make_mesh(2, 1)
+  x = jax.ShapeDtypeStruct((4, 8, 3), jnp.float32)
+  whole, spread = NamedSharding(mesh, P()), sharding.batch(mesh)
+  gradient = jax.jit(jax.grad(loss_of(net)), in_shardings=(whole, spread), out_shardings=whole)
+  cached = jax.config.jax_enable_compilation_cache
+  jax.config.update('jax_enable_compilation_cache', False)  # what comes from the cache writes no dump
+  try:
+    gradient.lower(shapes_of(net, x.shape), x).compile(compiler_options={
+        'xla_backend_optimization_level': 0, 'xla_dump_to': str(folder), 'xla_dump_hlo_pass_re': 'spmd-partitioning',
+        'xla_dump_hlo_as_text': True})
+  finally:
+    jax.config.update('jax_enable_compilation_cache', cached)
+  program, = folder.glob('*after_spmd-partitioning*.txt')
+  return [kind for line in program.read_text().splitlines() if re.search(r' all-reduce(-start)?\(', line)
+          for kind in re.findall(r'(\w+)\[', line.partition(' all-reduce')[0].partition(' = ')[2])]
+
+
+def test_devices_sum_gradients_in_float32(tmp_path):
+  net = SMALL(dtype='bfloat16')
+  types = reduced_types(net, tmp_path)
+  assert set(types) == {'f32'}
+  assert len(types) >= len(jax.tree.leaves(shapes_of(net, (4, 8, 3)))) - 1  # every parameter; the unused class shares
+
+
+def test_a_plain_cast_would_sum_gradients_in_bfloat16(tmp_path):
+  assert 'bf16' in reduced_types(Naive(), tmp_path)
+
+
+# The codec
+
+
+def test_pixels_round_trip_and_clip():
+  codec, images = codecs.Pixels(), jnp.arange(256, dtype=jnp.uint8).reshape(1, 16, 16, 1)
+  x = codec.encode(images)
+  assert x.dtype == jnp.float32 and (x.min(), x.max()) == (-1, 1)
+  np.testing.assert_array_equal(codec.decode(x), images)
+  np.testing.assert_array_equal(codec.decode(x + 0.49 / 127.5), images)  # to the nearest
+  np.testing.assert_array_equal(codec.decode(jnp.array([-1e9, -1.1, -1, 1, 1.1, 1e9, jnp.inf])),
+                                [0, 0, 0, 255, 255, 255, 255])
+  assert codec.decode(x).dtype == jnp.uint8
