@@ -109,7 +109,7 @@ def make_step(model: Model, optimizer: optax.GradientTransformation) -> Callable
     params = optax.apply_updates(state.params, updates)
     emas = {name: ema.update(average, params, rates[name](state.step, size)) for name, average in state.emas.items()}
     metrics = metrics.merge(Metrics.single_from_model_output(
-        loss=losses.mean(), grad_norm=optax.global_norm(grads), losses=losses.ravel(), logsnr=logsnr.ravel()))
+        loss=losses.mean(), grad_norm=optax.tree.norm(grads), losses=losses.ravel(), logsnr=logsnr.ravel()))
     return (TrainState(state.step + 1, params, opt_state, emas), metrics), None
 
   def steps(state, metrics, data, batches):
@@ -166,12 +166,16 @@ class Interrupt:
 
   def __init__(self):
     self.received = None
-    for number in (signal.SIGINT, signal.SIGTERM):
-      signal.signal(number, self._note)
+    self.previous = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
 
   def _note(self, number, frame):
     self.received = signal.Signals(number).name
     signal.signal(number, signal.SIG_DFL)
+
+  def close(self):
+    """Gives the signals back to whoever had them."""
+    for number, handler in self.previous.items():
+      signal.signal(number, handler)
 
 
 @dataclasses.dataclass
@@ -252,12 +256,7 @@ def train(config: Config, workdir: pathlib.Path, allow_changes: bool = False, pr
       print(f'{workdir} is trained already: {json.loads(done_path.read_text())["images"]:,} images')
       return 0
   else:
-    shardings = jax.tree.map(lambda a: a.sharding, abstract)
-    init = jax.jit(lambda key: model_lib.initial_state(model, optimizer, key), out_shardings=shardings)
-    key = model_lib.key(config.seed, 'init')
-    # Run once: on CPU, optimising the code for hundreds of random draws takes longer than everything else together.
-    quick = {'xla_backend_optimization_level': 0} if jax.default_backend() == 'cpu' else None
-    state, meta = init.lower(key).compile(compiler_options=quick)(key), {'step': 0, 'seconds': 0.0}
+    state, meta = initialise(model, optimizer, abstract), {'step': 0, 'seconds': 0.0}
   done_path.unlink(missing_ok=True)
   write_about(workdir, model, source, num_parameters(abstract.params))
   records = log.Run(workdir)
@@ -313,6 +312,7 @@ def train(config: Config, workdir: pathlib.Path, allow_changes: bool = False, pr
   bar.close()
   checkpoints.close()
   records.close()
+  interrupt.close()
   if profile:
     profiler.stop()
   images = step * config.train.batch_size
@@ -325,6 +325,16 @@ def train(config: Config, workdir: pathlib.Path, allow_changes: bool = False, pr
   print(f'{images:,} images in {seconds:.1f} s, {rate:,.0f} images/s (compilation {compile_seconds:.1f} s apart) '
         f'-> {workdir}')
   return 0
+
+
+def initialise(model: Model, optimizer: optax.GradientTransformation, abstract: TrainState) -> TrainState:
+  """The state before the first step, made where it belongs: no device ever holds more than its part."""
+  shardings = jax.tree.map(lambda a: a.sharding, abstract)
+  init = jax.jit(lambda key: model_lib.initial_state(model, optimizer, key), out_shardings=shardings)
+  key = model_lib.key(model.config.seed, 'init')
+  # It runs once: on CPU, optimising the code of hundreds of random draws would take longer than all the rest.
+  quick = {'xla_backend_optimization_level': 0} if jax.default_backend() == 'cpu' else None
+  return init.lower(key).compile(compiler_options=quick)(key)
 
 
 def compile_step(model: Model, optimizer: Any, *arguments: Any) -> tuple[Callable, float]:

@@ -11,6 +11,7 @@ import importlib
 import importlib.util
 import inspect
 import json
+import math
 import os
 import pathlib
 import sys
@@ -76,15 +77,18 @@ def build(call: Mapping, **more: Any) -> Any:
 
 def parse_call(text: str, module: Any) -> Config:
   """'ddim' or 'ddim(eta=0.5)' as a spec of that function of `module`: an import path or the module itself."""
-  module = importlib.import_module(module) if isinstance(module, str) else module
-  name, _, arguments = text.strip().partition('(')
-  known = [n for n in getattr(module, '__all__', vars(module)) if not n.startswith('_')]
+  module = _import(module) if isinstance(module, str) else module
+  text = text.strip()
+  name, _, arguments = text.partition('(')
+  known = [n for n in getattr(module, '__all__', vars(module)) if _offered(module, n)]
   if name not in known:
     raise UserError(f'{module.__name__} has no {name!r}{nearest(name, known)}')
   try:
-    call = ast.parse(text, mode='eval').body if arguments else ast.Call(args=[], keywords=[])
+    call = ast.parse(text if arguments else f'{name}()', mode='eval').body
+    if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name):
+      raise ValueError('not one call')
     keywords = {k.arg: ast.literal_eval(k.value) for k in call.keywords}
-  except (SyntaxError, ValueError) as e:
+  except (SyntaxError, ValueError, TypeError) as e:
     raise UserError(f'{text!r} cannot be read: write {name} or {name}(argument=value, ...)') from e
   if call.args or None in keywords:
     raise UserError(f'{text!r}: give arguments by name, {name}(argument=value, ...)')
@@ -112,6 +116,8 @@ def load(path: str) -> Config:
     raise UserError(f'config file {path!r} cannot be read: {type(e).__name__}: {e}') from e
   finally:
     sys.path.pop(0)
+  if not isinstance(config, Config):
+    raise UserError(f'config file {path!r}: get_config must return a ConfigDict, got {type(config).__name__}')
   return config
 
 
@@ -150,16 +156,18 @@ def _parse(key: str, text: str, current: Any) -> Any:
     if isinstance(current, str):
       return text
     value = ast.literal_eval(text)
-    if isinstance(current, int) and not isinstance(value, bool) and value == int(value):
+    # JSON has no infinity, and 1e999 is one.
+    number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if isinstance(current, int) and number and value == int(value):
       return int(value)  # 2e5 images are 200000
-    if isinstance(current, float) and not isinstance(value, bool):
+    if isinstance(current, float) and number:
       return float(value)
     if isinstance(current, tuple):
       value = value if isinstance(value, (tuple, list)) else (value,)
       same = {type(v) for v in current} or {int}
       if all(type(v) in same for v in value):
         return tuple(value)
-  except (KeyError, ValueError, SyntaxError, TypeError):
+  except (KeyError, ValueError, SyntaxError, TypeError, OverflowError):
     pass
   raise UserError(f'config.{key} must be {"an" if kind[0] in "aeiou" else "a"} {kind} like {current!r}, got {text!r}')
 
@@ -188,15 +196,20 @@ def to_json(config: Mapping) -> str:
 def from_json(path: pathlib.Path) -> Config:
   """The config in a JSON file; UserError if it cannot be read."""
   try:
-    return Config(_tuples(json.loads(path.read_text())))
-  except FileNotFoundError:
+    value = json.loads(path.read_text())
+    if not isinstance(value, dict):
+      raise ValueError(f'it holds a {type(value).__name__}')
+    return Config(_tuples(value))
+  except (FileNotFoundError, NotADirectoryError):
     raise UserError(f'there is no {path}: is {str(path.parent)!r} a run folder that train has made?') from None
-  except ValueError as e:
+  except (ValueError, AttributeError, OSError) as e:  # AttributeError: a key such as __class__
     raise UserError(f'{path} is not a config: {e}') from e
 
 
 def public_name(fn: Callable) -> str:
   """'package.module:function' by the shortest path that is public (optax keeps adam in a private module)."""
+  if not hasattr(fn, '__qualname__'):
+    raise UserError(f'a spec stands for a call of a function or a class, got {fn!r}')
   module, name = fn.__module__, fn.__qualname__
   parts = module.split('.')
   for n in range(1, len(parts)):
@@ -219,19 +232,29 @@ def nearest(name: str, known: Any) -> str:
 def _resolve(name: str) -> Callable:
   """The function that a spec names, if configs may call it."""
   module_name, _, attribute = str(name).partition(':')
-  if not any(module_name == root or module_name.startswith(root + '.') for root in ALLOWED):
-    raise UserError(f'a config may not call {name!r}, only functions of {", ".join(ALLOWED)}: '
-                    f'if you trust it, allow its package with --allow={module_name}')
-  try:
-    module = importlib.import_module(module_name)
-  except ImportError as e:
-    raise UserError(f'{name!r} cannot be imported: {e}') from e
-  fn = getattr(module, attribute, None)
-  # What the module only imported (os, say) is not offered: a function must come from the package that names it.
-  if attribute.startswith('_') or not callable(fn) or fn.__module__.split('.')[0] != module_name.split('.')[0]:
+  module = _import(module_name)
+  if not _offered(module, attribute):
     raise UserError(f'{module_name} has no function {attribute!r}'
                     f'{nearest(attribute, getattr(module, "__all__", []))}')
-  return fn
+  return getattr(module, attribute)
+
+
+def _import(name: str) -> Any:
+  """The module of that name, if it is of a package that configs may call: importing runs code."""
+  if not any(name == root or name.startswith(root + '.') for root in ALLOWED):
+    raise UserError(f'a config may not call functions of {name!r}, only of {", ".join(ALLOWED)}: '
+                    f'if you trust it, allow its package with --allow={name}')
+  try:
+    return importlib.import_module(name)
+  except ImportError as e:
+    raise UserError(f'{name!r} cannot be imported: {e}') from e
+
+
+def _offered(module: Any, name: str) -> bool:
+  """Whether a config may call this of a module: not what it only imported (os, say), but what its package defines."""
+  fn = getattr(module, name, None)
+  home = getattr(fn, '__module__', None) or ''
+  return callable(fn) and not name.startswith('_') and home.split('.')[0] == module.__name__.split('.')[0]
 
 
 def _is_plain(value: Any) -> bool:

@@ -53,7 +53,7 @@ def read_lines(path: pathlib.Path) -> list[dict]:
   """The records of a JSON-lines file, without unfinished ones; [] if there is no file."""
   records = []
   if path.exists():
-    for line in path.read_text().splitlines():
+    for line in path.read_text('utf-8', 'replace').splitlines():
       try:
         records.append(json.loads(line))
       except ValueError:

@@ -1,0 +1,186 @@
+"""Measures our speed against PyTorch's at equal work: python -m experiments.throughput.run --help."""
+import contextlib
+import importlib.util
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from typing import Any
+
+from diffusion_jax.runtime import command, log
+from diffusion_jax.runtime.config import UserError
+from experiments.throughput import cases, stats, table
+from experiments.throughput.cases import CASES, SUITES, Case, choose
+
+ROOT = pathlib.Path(__file__).parents[2]
+RESULTS = pathlib.Path(__file__).parent / 'results'
+BASELINE_NEEDS = ('torch', 'diffusers')
+ROUNDS, ROUND_SECONDS = 20, 2.0
+QUICK_ROUNDS, QUICK_SECONDS = 5, 0.5
+OVERHEAD_STEPS, QUICK_OVERHEAD_STEPS = 300, 100  # a whole number of records, of 50 steps each
+
+
+class WorkerDied(UserError):
+  """A process that measures has ended."""
+  status = 1
+
+
+class Worker:
+  """One side of a case in a fresh process, stopped by a signal while it is not asked.
+
+  Stopping is what makes the comparison fair on few cores: idle threads of OpenMP spin, and would take the time of the
+  other side. Telling them not to (OMP_WAIT_POLICY=passive) would change how torch itself performs.
+  """
+
+  def __init__(self, side: str, name: str):
+    self.side, self.name = side, name
+    self.errors = tempfile.TemporaryFile('w+')  # noqa: SIM115  closed with the process
+    # No compilation cache: compile times are those of a first run.
+    env = {k: v for k, v in os.environ.items() if k != 'JAX_COMPILATION_CACHE_DIR'} | {'JAX_PLATFORMS': 'cpu'}
+    self.process = subprocess.Popen(
+        [sys.executable, '-m', 'experiments.throughput.worker', '--side', side, '--case', name], cwd=ROOT, env=env,
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors, text=True)
+
+  def ask(self, do: str, **request: Any) -> dict[str, Any]:
+    """The answer to one request; WorkerDied if there is none."""
+    with contextlib.suppress(BrokenPipeError):
+      self.process.send_signal(signal.SIGCONT)
+      self.process.stdin.write(json.dumps({'do': do, **request}) + '\n')
+      self.process.stdin.flush()
+    line = self.process.stdout.readline()
+    if not line:
+      self.process.wait()
+      self.errors.seek(0)
+      last = (self.errors.read().strip().splitlines() or ['no message'])[-1]
+      raise WorkerDied(f'the {self.side} side of {self.name} ended with status {self.process.returncode}: {last}')
+    self.process.send_signal(signal.SIGSTOP)
+    return json.loads(line)
+
+  def close(self) -> None:
+    """Ends the process."""
+    self.process.kill()
+    self.process.communicate()
+    self.errors.close()
+
+
+def interleave(workers: Sequence[Worker], rounds: int, iterations: int) -> list[list[dict[str, Any]]]:
+  """Each worker's answers, a round of the one then of the other; who begins alternates."""
+  answers = [[] for _ in workers]
+  for i in range(rounds):
+    for n in (0, 1) if i % 2 == 0 else (1, 0):
+      answers[n].append(workers[n].ask('measure', iterations=iterations))
+  return answers
+
+
+def check_equal(name: str, sides: Sequence[str], ready: Sequence[dict[str, Any]]) -> None:
+  """UserError unless both sides have the same network."""
+  if CASES[name].work == 'digits':  # the loop's record knows only how many, and both sides are ours
+    equal = sum(ready[0]['sizes']) == sum(ready[1]['sizes'])
+  else:
+    equal = cases.shapes_agree(ready[0]['sizes'], ready[1]['sizes'])
+  if not equal:
+    raise WorkerDied(f'{name}: the two networks differ: {sides[0]} has {cases.count(ready[0]["sizes"])} parameters '
+                     f'and {sides[1]} {cases.count(ready[1]["sizes"])}, or in arrays of other sizes')
+
+
+def measure(name: str, case: Case, rounds: int, quick: bool) -> dict[str, Any]:
+  """The record of one case."""
+  load = os.getloadavg()[0]
+  with contextlib.ExitStack() as stack:
+    workers = []
+    for side in case.sides:
+      workers.append(Worker(side, name))
+      stack.callback(workers[-1].close)
+    # One after the other; the second is stopped by its first answer, and does nothing before it is asked.
+    ready = [worker.ask('warm_up') for worker in workers]
+    check_equal(name, case.sides, ready)
+    if case.work == 'digits':
+      iterations = QUICK_OVERHEAD_STEPS if quick else OVERHEAD_STEPS
+    else:
+      slowest = max(worker.ask('measure', iterations=1)['seconds'] for worker in workers)
+      iterations = max(1, round((QUICK_SECONDS if quick else ROUND_SECONDS) / slowest))
+    answers = interleave(workers, rounds, iterations)
+  return record(name, case, ready, answers, {'rounds': rounds, 'iterations': iterations, 'quick': quick, 'load': load})
+
+
+def record(name: str, case: Case, ready: Sequence[dict], answers: Sequence[Sequence[dict]],
+           settings: dict[str, Any]) -> dict[str, Any]:
+  """What is kept of a case: times in ms, one per round, and all that follows from them."""
+  times = [[1e3 * a['seconds'] for a in side] for side in answers]
+  cpu = [[1e3 * a['cpu_seconds'] for a in side if a['cpu_seconds'] is not None] for side in answers]
+  low, high = stats.interval(*times)
+  overhead = case.work == 'digits'
+  sides = {}
+  for i, side in enumerate(case.sides):
+    sides[side] = {
+        'median_ms': stats.median(times[i]), 'spread': stats.spread(times[i]),
+        'cpu_ms': stats.median(cpu[i]) if cpu[i] else None, 'compile_seconds': ready[i]['compile_seconds'],
+        'peak_bytes': answers[i][-1]['peak_bytes'], 'setting': ready[i]['setting'], 'versions': ready[i]['versions'],
+        'times_ms': times[i]}
+  return {
+      'case': name, 'about': case.about, 'device': cases.device(), 'cores': cases.cores(), 'time': log.now(),
+      'git_revision': log.git_revision(), **settings, 'parameters': sum(ready[0]['sizes']),
+      'ratio': stats.ratio(*times), 'interval': [low, high],
+      'share_percent': stats.share_percent(stats.ratio(*times)) if overhead else None,
+      'verdict': (stats.overhead_verdict if overhead else stats.verdict)(*times), 'sides': sides}
+
+
+def report(r: dict[str, Any]) -> None:
+  """Prints what was found for a case."""
+  print(f'{r["case"]}: {r["about"]} ({r["rounds"]} rounds of {r["iterations"]}, load {r["load"]:.1f} before)')
+  for side, s in r['sides'].items():
+    cpu = f', CPU {s["cpu_ms"]:.1f} ms' if s['cpu_ms'] is not None else ''
+    compiled = f', compilation {s["compile_seconds"]:.1f} s apart' if s['compile_seconds'] else ''
+    print(f'  {side:>5}: median {s["median_ms"]:.2f} ms, spread {100 * s["spread"]:.0f} %{cpu}{compiled}, '
+          f'peak {s["peak_bytes"] / 2 ** 20:.0f} MiB, {s["setting"]}')
+  print(f'  {table.result(r)}: {r["verdict"]}', flush=True)
+
+
+def missing() -> list[str]:
+  """What the baseline needs and is not installed."""
+  return [name for name in BASELINE_NEEDS if importlib.util.find_spec(name) is None]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+  """Measures the chosen cases; prints and keeps a record of each, then the table."""
+  p = command.Parser(prog='python -m experiments.throughput.run', allow_abbrev=False,
+                     description='Measures our speed against PyTorch and diffusers at equal work.')
+  p.add_argument('--suite', default='cpu', help=f'a list of cases: {", ".join(SUITES)} (default cpu)')
+  p.add_argument('--cases', help=f'only these, with commas between them: {", ".join(CASES)}')
+  p.add_argument('--rounds', type=int, help=f'of each side (default {ROUNDS})')
+  p.add_argument('--quick', action='store_true', help='a few short rounds, to see that it works; kept apart')
+  p.add_argument('--out', help='the file of records (default results/DEVICE.jsonl; none with --quick)')
+  flags, overrides = p.parse(argv)
+  if overrides:
+    raise UserError('cases are fixed: --config overrides nothing here')
+  if flags.rounds is not None and flags.rounds < 2:
+    raise UserError(f'--rounds must be at least 2, got {flags.rounds}')
+  names = choose('suite', SUITES, flags.suite)
+  if flags.cases:
+    names = [name.strip() for name in flags.cases.split(',')]
+  chosen = {name: choose('case', CASES, name) for name in names}
+  out = pathlib.Path(flags.out) if flags.out else None if flags.quick else RESULTS / cases.file_name(cases.device())
+
+  absent, records = missing(), []
+  signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the workers are ended too
+  for name, case in chosen.items():
+    if absent and 'torch' in case.sides:
+      continue
+    found = measure(name, case, flags.rounds or (QUICK_ROUNDS if flags.quick else ROUNDS), flags.quick)
+    report(found)
+    if out:
+      log.append(out, found)
+    records.append(found)
+  if records:
+    print('\n' + table.render(records))
+  if absent and any('torch' in case.sides for case in chosen.values()):
+    raise UserError(f"comparing needs {' and '.join(absent)}: install the parity extra with pip install -e '.[parity]'")
+  return 0
+
+
+if __name__ == '__main__':
+  sys.exit(command.run(main))

@@ -1,0 +1,118 @@
+"""A run that is killed at any moment and started again ends in the very bits of one that was not."""
+import json
+import os
+import pathlib
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import ROOT, TINY
+
+IMAGES = 1600
+
+
+def start(workdir):
+  """Training in a process of its own, on two virtual devices."""
+  changes = TINY | {'train.images': IMAGES, 'net.dropout': '0.1', 'mesh.data': '2'}
+  flags = [f'--config.{key}={value}' for key, value in changes.items()]
+  command = [sys.executable, '-m', 'diffusion_jax.train', '--config=configs/digits.py', f'--workdir={workdir}', *flags]
+  return subprocess.Popen(command, cwd=ROOT, env=os.environ | {'JAX_NUM_CPU_DEVICES': '2'},
+                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def finish(process):
+  out, _ = process.communicate(timeout=240)
+  return process.returncode, out
+
+
+def fingerprint(workdir):
+  return json.loads((workdir / 'done.json').read_text())['fingerprint']
+
+
+def steps(workdir):
+  return sorted(int(p.name) for p in (workdir / 'checkpoints').glob('*') if p.name.isdigit())
+
+
+def wait_for(condition, process):
+  """Polls until condition() holds; fails if the process ends first."""
+  deadline = time.monotonic() + 240
+  while not condition():
+    assert process.poll() is None, process.communicate()[0]
+    assert time.monotonic() < deadline
+    time.sleep(0.002)
+
+
+def lines(workdir):
+  path = workdir / 'metrics.jsonl'
+  return path.read_text().count('\n') if path.exists() else 0
+
+
+@pytest.fixture(scope='module')
+def whole(tmp_path_factory):
+  """A run that nothing disturbed."""
+  workdir = tmp_path_factory.mktemp('resume') / 'whole'
+  code, out = finish(start(workdir))
+  assert code == 0, out
+  return workdir
+
+
+def test_killed_runs_end_in_the_same_bits(whole, tmp_path):
+  """kill -9 before the first checkpoint, between two, and while one is written; then a SIGTERM; then to the end."""
+  workdir = tmp_path / 'killed'
+  moments = [
+      lambda: lines(workdir) >= 1,
+      lambda: len(steps(workdir)) >= 1 and lines(workdir) >= 6,
+      lambda: any('tmp' in p.name for p in pathlib.Path(workdir, 'checkpoints').glob('*')),
+  ]
+  for moment in moments:
+    process = start(workdir)
+    wait_for(moment, process)
+    process.send_signal(signal.SIGKILL)
+    finish(process)
+    assert process.returncode == -signal.SIGKILL
+    assert not (workdir / 'done.json').exists()
+
+  before, process = lines(workdir), start(workdir)
+  wait_for(lambda: lines(workdir) > before, process)
+  process.send_signal(signal.SIGTERM)
+  code, out = finish(process)
+  assert code == 75, out
+  assert 'SIGTERM: saved step' in out
+
+  code, out = finish(start(workdir))
+  assert code == 0, out
+  assert fingerprint(workdir) == fingerprint(whole)
+  assert not [p for p in (workdir / 'checkpoints').glob('*') if 'tmp' in p.name]
+
+
+def largest_data_file(checkpoint):
+  return max((p for p in checkpoint.rglob('*') if p.is_file() and '/d/' in str(p)), key=lambda p: p.stat().st_size)
+
+
+def flip_a_bit(path):
+  data = bytearray(path.read_bytes())
+  data[len(data) // 2] ^= 0x10
+  path.write_bytes(data)
+
+
+def truncate(path):
+  path.write_bytes(path.read_bytes()[:path.stat().st_size // 2])
+
+
+@pytest.mark.parametrize('damage', [flip_a_bit, truncate, pathlib.Path.unlink], ids=['bit', 'truncated', 'removed'])
+def test_a_damaged_checkpoint_is_set_aside(whole, tmp_path, damage):
+  """The newest checkpoint is named and set aside; the run goes on from the one before to the same bits."""
+  workdir = tmp_path / 'damaged'
+  shutil.copytree(whole, workdir)
+  (workdir / 'done.json').unlink()
+  newest = steps(workdir)[-1]
+  damage(largest_data_file(workdir / 'checkpoints' / str(newest)))
+  code, out = finish(start(workdir))
+  assert code == 0, out
+  assert f'checkpoint {newest} is damaged' in out
+  assert f'damaged/{newest}' in out
+  assert (workdir / 'damaged' / str(newest)).is_dir()
+  assert fingerprint(workdir) == fingerprint(whole)

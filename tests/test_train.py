@@ -1,0 +1,147 @@
+"""Laws of training: what must not change a run, what must stop it, and what it leaves behind."""
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import tiny_config
+
+from diffusion_jax import model as model_lib
+from diffusion_jax import train
+from diffusion_jax.runtime import log, sharding
+from diffusion_jax.runtime.checkpoint import Checkpoints
+from diffusion_jax.runtime.config import UserError
+
+
+def run_steps(config, mesh, count=4):
+  """The state after `count` steps, without records; the params of the start are the same on every mesh."""
+  source = train.open_source(config)
+  model = model_lib.make(config, source.shape, source.num_classes)
+  optimizer = model_lib.optimizer_of(config)
+  state = train.initialise(model, optimizer, model_lib.abstract_state(model, mesh))
+  metrics = jax.device_put(train.Metrics.empty(), sharding.replicated(mesh))
+  batches = train.Batches(config, source, mesh)
+  calls = list(batches(0, count))
+  step, _ = train.compile_step(model, optimizer, state, metrics, batches.data, calls[0])
+  for batch in calls:
+    state, metrics = step(state, metrics, batches.data, batch)
+  return state, metrics.compute()
+
+
+def assert_same(a, b, tolerance=1e-5):
+  for (name, x), y in zip(jax.tree_util.tree_leaves_with_path(a), jax.tree.leaves(b), strict=True):
+    np.testing.assert_allclose(np.asarray(x), np.asarray(y), rtol=tolerance, atol=tolerance, err_msg=str(name))
+
+
+@pytest.fixture(scope='module')
+def plain():
+  """Four steps on one device, by gradient descent: where a gradient is 0, Adam makes whole steps of rounding."""
+  return run_steps(tiny_config(optimizer='sgd', net__dropout=0.1), sharding.make_mesh(1, 1))
+
+
+def test_one_device_equals_a_mesh_of_eight(plain, monkeypatch):
+  monkeypatch.setattr(sharding, 'MIN_SHARDED_SIZE', 0)
+  state, values = run_steps(tiny_config(optimizer='sgd', net__dropout=0.1), sharding.make_mesh(2, 4))
+  kernel = state.params['net']['conv_in']['kernel']
+  assert kernel.sharding.spec == jax.sharding.PartitionSpec(None, None, None, 'fsdp')
+  assert_same(state, plain[0])
+  assert_same(values, plain[1], 1e-4)
+
+
+@pytest.mark.parametrize('changes', [{'train__steps_per_call': 2}, {'data__resident_gib': 0.0}], ids=str)
+def test_dispatch_and_storage_change_nothing(plain, changes):
+  state, _ = run_steps(tiny_config(optimizer='sgd', net__dropout=0.1, **changes), sharding.make_mesh(1, 1))
+  assert_same(state, plain[0], 1e-6)
+
+
+def test_accumulation_equals_the_whole_batch():
+  changes, mesh = {'optimizer': 'sgd', 'label_dropout': 0.5}, sharding.make_mesh(2, 1)
+  whole, parts = (run_steps(tiny_config(train__accumulate=n, **changes), mesh, 2)[0] for n in (1, 2))
+  assert_same(parts, whole)
+
+
+def test_the_seed_changes_the_run_and_repeats_it(plain):
+  mesh = sharding.make_mesh(1, 1)
+  again, _ = run_steps(tiny_config(optimizer='sgd', net__dropout=0.1), mesh)
+  other, _ = run_steps(tiny_config(optimizer='sgd', net__dropout=0.1, seed=1), mesh)
+  assert jax.tree.all(jax.tree.map(lambda a, b: bool(jnp.array_equal(a, b)), again, plain[0]))
+  assert not jnp.allclose(again.params['net']['conv_in']['kernel'], other.params['net']['conv_in']['kernel'])
+
+
+def test_bfloat16_trains_with_float32_parameters():
+  state, values = run_steps(tiny_config(net__dtype='bfloat16'), sharding.make_mesh(2, 1), 2)
+  assert {leaf.dtype for leaf in jax.tree.leaves(state.params)} == {jnp.dtype('float32')}
+  assert np.isfinite(values['loss'])
+
+
+def test_a_run_leaves_its_records(tiny_run):
+  done = json.loads((tiny_run / 'done.json').read_text())
+  assert done['images'] == 512
+  assert done['images_per_second'] == pytest.approx(512 / done['seconds'])
+  assert len(done['fingerprint']) == 64
+  records = log.read_lines(tiny_run / 'metrics.jsonl')
+  assert [r['images'] for r in records] == [64, 128, 192, 256, 320, 384, 448, 512]
+  assert len(records[0]['logsnr_bins']) == len(records[0]['loss_by_logsnr']) + 1
+  assert records[-1]['loss'] < records[0]['loss']
+  assert (tiny_run / 'samples' / '000000512.png').exists()
+  assert list(tiny_run.glob('events.out.tfevents.*'))
+  schedule = json.loads((tiny_run / 'schedule.json').read_text())
+  assert np.all(np.diff(schedule['logsnr']) < 0)
+  assert json.loads((tiny_run / 'run.json').read_text())['versions']['jax'] == jax.__version__
+  assert Checkpoints(tiny_run).steps() == [24, 32]  # two are kept
+
+
+def test_loss_by_logsnr_averages_to_the_loss():
+  losses, logsnr = jnp.asarray([1.0, 2.0, 6.0, 7.0]), jnp.asarray([-30.0, -0.5, -0.4, 30.0])
+  binned = train.Binned.from_model_output(losses=losses, logsnr=logsnr).merge(train.Binned.empty())
+  means = np.asarray(binned.compute())
+  edges = list(train.BINS)
+  assert means[0] == 1
+  assert means[-1] == 7
+  assert means[edges.index(-2.0)] == 4
+  assert np.isnan(means).sum() == len(means) - 3
+  assert float(binned.total.sum() / binned.count.sum()) == 4
+
+
+def test_another_config_is_refused_and_named(tiny_run):
+  with pytest.raises(UserError, match=r'learning_rate\.peak: 0\.001 -> 0\.002'):
+    train.train(tiny_config(learning_rate__peak=2e-3), tiny_run)
+  assert train.train(tiny_config(), tiny_run) == 0  # finished: nothing to do
+
+
+def test_override_continues_with_another_config(tmp_path):
+  assert train.train(tiny_config(train__images=128), tmp_path) == 0
+  assert train.train(tiny_config(train__images=256), tmp_path, allow_changes=True) == 0
+  assert json.loads((tmp_path / 'done.json').read_text())['images'] == 256
+  assert log.read_lines(tmp_path / 'overrides.jsonl')[0]['changed'] == ['train.images: 128 -> 256']
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
+  """Training blows up after the first checkpoint, which stays as it was."""
+  assert train.train(tiny_config(train__images=128), tmp_path) == 0
+  with pytest.raises(train.NotFinite, match='between steps 8 and 12') as stopped:
+    train.train(tiny_config(train__images=512, learning_rate__peak=1e30), tmp_path, allow_changes=True)
+  assert stopped.value.status == 1
+  assert Checkpoints(tmp_path).steps() == [8]
+  assert not (tmp_path / 'done.json').exists()
+
+
+@pytest.mark.parametrize(('changes', 'words'), [
+    ({'train__batch_size': 12, 'mesh__data': -1}, 'must be a multiple of the 8 devices'),
+    ({'mesh__data': 3, 'mesh__fsdp': 3}, 'does not fit on 8 devices'),
+    ({'net__num_classes': 7}, 'num_classes is 7, but the data has 10 classes'),
+    ({'optimizer': 'adam(b1=2.0)', 'clip_norm': -1.0}, 'clip_norm must be at least 0'),
+    ({'learning_rate__decay': 'linear'}, "must be 'constant' or 'cosine', got 'linear'"),
+])
+def test_bad_input_is_refused_before_anything_is_written(tmp_path, changes, words):
+  with pytest.raises(UserError, match=words):
+    train.train(tiny_config(**changes), tmp_path / 'run')
+  assert not (tmp_path / 'run').exists()
+
+
+def test_dry_run_prints_and_writes_nothing(capsys):
+  assert train.dry_run(tiny_config()) == 0
+  out = capsys.readouterr().out
+  for words in ('conv_in/kernel', 'FLOPs of a step', 'memory of a device', 'train state', '16 x (8, 8, 1)'):
+    assert words in out
