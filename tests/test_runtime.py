@@ -67,7 +67,8 @@ def test_a_broken_line_is_dropped_alone(tmp_path, broken):
 def test_plain_is_json(tmp_path):
   value = {
       'float': np.float32(0.5), 'int': np.int64(3), 'bool': np.True_,
-      'array': np.array([[1.0, np.nan], [np.inf, -np.inf]]), 'device': jnp.arange(3), 'bf16': jnp.asarray(1.5, jnp.bfloat16), 'tuple': (1, (2.0, math.nan)), 'nan': math.nan,
+      'array': np.array([[1.0, np.nan], [np.inf, -np.inf]]), 'device': jnp.arange(3),
+      'bf16': jnp.asarray(1.5, jnp.bfloat16), 'tuple': (1, (2.0, math.nan)), 'nan': math.nan,
       'inf': -math.inf, 'none': None, 'word': 'a', 'flag': True, 3: {'deep': [math.inf]}}
   expected = {
       'float': 0.5, 'int': 3, 'bool': True, 'array': [[1.0, None], [None, None]], 'device': [0, 1, 2], 'bf16': 1.5,
@@ -206,7 +207,8 @@ def test_the_optimizer_follows_the_rate():
 
 @pytest.mark.parametrize(('sizes', 'shape'), [
     ({}, (8, 1)), ({'data': -1, 'fsdp': 2}, (4, 2)), ({'data': 2, 'fsdp': -1}, (2, 4)),
-    ({'data': 1, 'fsdp': 1}, (1, 1)), ({'data': 3, 'fsdp': 1}, (3, 1)), ({'data': 2, 'fsdp': 4}, (2, 4)), ({'data': 1, 'fsdp': -1}, (1, 8))])
+    ({'data': 1, 'fsdp': 1}, (1, 1)), ({'data': 3, 'fsdp': 1}, (3, 1)), ({'data': 2, 'fsdp': 4}, (2, 4)),
+    ({'data': 1, 'fsdp': -1}, (1, 8))])
 def test_mesh_shapes(sizes, shape):
   mesh = sharding.make_mesh(**sizes)
   assert mesh.axis_names == ('data', 'fsdp') and mesh.devices.shape == shape

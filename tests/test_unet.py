@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from safetensors.numpy import load_file
@@ -331,14 +332,17 @@ def reduced_types(net, folder):
   x = jax.ShapeDtypeStruct((4, 8, 3), jnp.float32)
   whole, spread = NamedSharding(mesh, P()), sharding.batch(mesh)
   gradient = jax.jit(jax.grad(loss_of(net)), in_shardings=(whole, spread), out_shardings=whole)
-  cached = jax.config.jax_enable_compilation_cache
-  jax.config.update('jax_enable_compilation_cache', False)  # what comes from the cache writes no dump
+  # What comes out of the compilation cache writes no dump, and whether there is a cache is asked once.
+  enabled = jax.config.jax_enable_compilation_cache
+  jax.config.update('jax_enable_compilation_cache', False)
+  compilation_cache.reset_cache()
   try:
     gradient.lower(shapes_of(net, x.shape), x).compile(compiler_options={
         'xla_backend_optimization_level': 0, 'xla_dump_to': str(folder), 'xla_dump_hlo_pass_re': 'spmd-partitioning',
         'xla_dump_hlo_as_text': True})
   finally:
-    jax.config.update('jax_enable_compilation_cache', cached)
+    jax.config.update('jax_enable_compilation_cache', enabled)
+    compilation_cache.reset_cache()
   program, = folder.glob('*after_spmd-partitioning*.txt')
   return [kind for line in program.read_text().splitlines() if re.search(r' all-reduce(-start)?\(', line)
           for kind in re.findall(r'(\w+)\[', line.partition(' all-reduce')[0].partition(' = ')[2])]
