@@ -20,6 +20,7 @@ def get_config():
   config.learning_rate.update({'peak': 2e-5, 'warmup_images': 5_000 * 64, 'decay': 'constant'})
   config.ema.main = spec(ema.constant, decay=0.9999)
   config.train.update({'images': 500_000 * 64, 'batch_size': 64, 'sample_every': 640_000, 'checkpoint_every': 640_000})
-  config.sample.update({'sampler': spec(samplers.ancestral, variance=1.0), 'grid': spec(levels.timesteps),
-                        'steps': 1000, 'batch_size': 16})
+  config.sample.sampler = spec(samplers.ancestral, variance=1.0)
+  config.sample.grid = spec(levels.timesteps)
+  config.sample.update({'steps': 1000, 'batch_size': 16})
   return config

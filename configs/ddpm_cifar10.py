@@ -27,6 +27,7 @@ def get_config(run=''):
   config.learning_rate.update({'peak': 2e-4, 'warmup_images': 5_000 * 128, 'decay': 'constant'})
   config.ema.main = spec(ema.constant, decay=0.9999)
   config.train.update({'images': 800_000 * 128, 'batch_size': 128})
-  config.sample.update({'sampler': spec(samplers.ancestral, variance=1.0), 'grid': spec(levels.timesteps),
-                        'steps': 1000, 'batch_size': 256})
+  config.sample.sampler = spec(samplers.ancestral, variance=1.0)
+  config.sample.grid = spec(levels.timesteps)
+  config.sample.update({'steps': 1000, 'batch_size': 256})
   return config

@@ -26,6 +26,7 @@ def get_config(run=''):
   config.ema.main = spec(ema.constant, decay=0.995)
   config.train.update({'images': 64_000, 'batch_size': 64, 'log_every': 3_200, 'sample_every': 16_000,
                        'checkpoint_every': 16_000})
-  config.sample.update({'sampler': spec(samplers.ddim), 'steps': 50, 'batch_size': 100})
+  config.sample.sampler = spec(samplers.ddim)
+  config.sample.update({'steps': 50, 'batch_size': 100})
   config.eval.update({'num_samples': 500, 'features': 'digits'})
   return config

@@ -23,6 +23,7 @@ def get_config(run=''):
   config.ema.main = spec(ema.half_life, images=100_000)
   config.train.update({'images': 6_400_000, 'batch_size': 64, 'log_every': 6_400, 'sample_every': 64_000,
                        'checkpoint_every': 64_000})
-  config.sample.update({'sampler': spec(samplers.dpmpp_2m), 'steps': 25})
+  config.sample.sampler = spec(samplers.dpmpp_2m)
+  config.sample.steps = 25
   config.eval.update({'num_samples': 2_000, 'held_out': ''})
   return config

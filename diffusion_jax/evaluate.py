@@ -10,6 +10,8 @@ import statistics
 import sys
 import time
 import warnings
+import zipfile
+import zlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -41,7 +43,7 @@ def generate(generator: Generator, trained: Trained, num: int, folder: pathlib.P
     try:
       with np.load(path, allow_pickle=False) as found:
         batch, took = found['image'], float(found['seconds'])
-    except (OSError, ValueError, KeyError):  # absent, or not what we wrote
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile, zlib.error):  # absent, or not what was written
       generator.compile(trained.params)
       began = time.perf_counter()
       batch = generator(trained.params, ids, labels_of(ids, trained.model.num_classes))

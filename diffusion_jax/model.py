@@ -89,6 +89,10 @@ def check(config: Config) -> None:
   if config.train.batch_size % config.train.accumulate:
     raise UserError(f'config.train.accumulate must divide the batch size: batch size {config.train.batch_size}, '
                     f'accumulate {config.train.accumulate}')
+  for key, names in (('draw', levels.DRAWS), ('sample.grid', levels.GRIDS)):
+    module, _, name = flat[f'{key}.fn'].partition(':')
+    if module == levels.__name__ and name not in names:
+      raise UserError(f'config.{key} cannot be {name!r}: there is {", ".join(names)}')
   if not config.ema or 'raw' in config.ema:
     raise UserError("config.ema must name at least one average, such as 'main'; 'raw' stands for no average")
 

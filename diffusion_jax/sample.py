@@ -148,15 +148,13 @@ def open_run(flags: Any) -> tuple[Trained, Config]:
     raise UserError(f'--num must be at least 1, got {flags.num}')
   if flags.seed < 0:
     raise UserError(f'--seed must be at least 0, got {flags.seed}')
-  chosen = {}
-  for name, module in (('sampler', samplers), ('grid', levels)):
-    if getattr(flags, name):
-      chosen[name] = parse_call(getattr(flags, name), module)
+  chosen = {name: parse_call(getattr(flags, name), module)
+            for name, module in (('sampler', samplers), ('grid', levels)) if getattr(flags, name)}
   chosen |= {k: v for k in ('steps', 'guidance', 'batch_size') if (v := getattr(flags, k)) is not None}
 
   def choose_devices(config):
-    with config.unlocked():
-      config.sample.update(chosen)
+    for key, value in chosen.items():
+      config.sample[key] = value
     model_lib.check(config)
     sharding.use_cpu_cores(config.sample.batch_size)
 

@@ -136,6 +136,12 @@ def digits_config(steps: int) -> Config:
   return config
 
 
+def _keep_compiled() -> None:
+  """Keeps compiled programs, as the commands do: every run of train.train asks for the same ones."""
+  jax.config.update('jax_compilation_cache_dir', tempfile.mkdtemp(prefix='throughput_'))
+  jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0)
+
+
 def bare(case: Case) -> Prepared:
   """The compiled step of the digits config again and again on one batch: no data, no records."""
   trainer = Trainer(digits_config(LOG_STEPS))

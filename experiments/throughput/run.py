@@ -55,8 +55,10 @@ class Worker:
     if not line:
       self.process.wait()
       self.errors.seek(0)
-      last = (self.errors.read().strip().splitlines() or ['no message'])[-1]
-      raise WorkerDied(f'the {self.side} side of {self.name} ended with status {self.process.returncode}: {last}')
+      # A crash ends with the addresses of its stack; what was wrong stands above them.
+      lines = [line for line in self.errors.read().splitlines() if line.strip() and not line.lstrip().startswith('@')]
+      raise WorkerDied(f'the {self.side} side of {self.name} ended with status {self.process.returncode}: '
+                       f'{lines[-1].strip() if lines else "no message"}')
     self.process.send_signal(signal.SIGSTOP)
     return json.loads(line)
 
