@@ -113,9 +113,11 @@ def _check_keys(config: Config, template: Config, known: Any, prefix: str = '') 
       raise UserError(f'config has no key {name!r}{nearest(name, known)}')
     if key not in config:
       raise UserError(f'config lacks {name!r}: begin with diffusion_jax.model.default_config()')
+    if not isinstance(config[key], (float, int) if isinstance(template[key], float) else type(template[key])):
+      raise UserError(f'config.{name} must be like {template[key]!r}, got {config[key]!r}'.replace('\n', ' '))
     if isinstance(template[key], Config):
       specs = [config[key]] if 'fn' in template[key] else config[key].values() if key == 'ema' else []
-      if any('fn' not in spec for spec in specs):
+      if any(not isinstance(spec, Config) or 'fn' not in spec for spec in specs):
         raise UserError(f'config.{name} must be made with spec(function, ...)')
       if not specs:
         _check_keys(config[key], template[key], known, f'{name}.')

@@ -6,133 +6,31 @@ import pathlib
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from clu import metrics as clu_metrics
 from clu import parameter_overview, profiler
-from flax import struct
 from tqdm import tqdm
 
 from diffusion_jax import model as model_lib
-from diffusion_jax.core import diffusion, ema, schedules
-from diffusion_jax.core.types import Array
+from diffusion_jax.core import schedules
 from diffusion_jax.data import pipeline, sources
 from diffusion_jax.model import Model
 from diffusion_jax.runtime import checkpoint, command, log, optim, sharding
 from diffusion_jax.runtime import config as config_lib
-from diffusion_jax.runtime.config import Config, UserError, build, explain
+from diffusion_jax.runtime.config import Config, UserError, explain
 from diffusion_jax.runtime.state import TrainState, fingerprint, num_parameters
 from diffusion_jax.sample import Generator, columns_of, labels_of, png, tile
-
-BINS = np.linspace(-16, 16, 17)  # edges of the logsnr bins; what lies outside counts in the outer ones
+from diffusion_jax.step import BINS, Metrics, compile_step, initialise, make_step
 
 
 class NotFinite(UserError):
   """The loss or a gradient is no longer a number."""
   status = 1
-
-
-@struct.dataclass
-class Binned(clu_metrics.Metric):
-  """The mean of a value in each bin of logsnr."""
-  total: Array  # [bins]
-  count: Array  # [bins]
-
-  @classmethod
-  def empty(cls):
-    return cls(jnp.zeros(len(BINS) - 1), jnp.zeros(len(BINS) - 1))
-
-  @classmethod
-  def from_model_output(cls, losses: Array, logsnr: Array, **_):
-    member = jax.nn.one_hot(jnp.clip(jnp.searchsorted(BINS, logsnr) - 1, 0, len(BINS) - 2), len(BINS) - 1)
-    return cls(losses @ member, member.sum(0))
-
-  def merge(self, other):
-    return Binned(self.total + other.total, self.count + other.count)
-
-  def compute(self):
-    return jnp.where(self.count > 0, self.total / jnp.maximum(self.count, 1), jnp.nan)
-
-
-@struct.dataclass
-class Metrics(clu_metrics.Collection):
-  """What is averaged between two log records."""
-  loss: clu_metrics.Average.from_output('loss')
-  grad_norm: clu_metrics.Average.from_output('grad_norm')
-  loss_by_logsnr: Binned
-
-
-def make_step(model: Model, optimizer: optax.GradientTransformation) -> Callable:
-  """steps(state, metrics, data, batches) -> (state, metrics), one step for each along the first axis of `batches`.
-
-  data: the whole data set on the device, images uint8 [N, *S, C] and labels [N], and batches are indices [K, B]; or
-  None, and batches are themselves (images [K, B, *S, C], labels [K, B]). Randomness is a function of (seed, step).
-  """
-  config = model.config
-  draw, weight = build(config.draw), build(config.weight)
-  rates = {name: build(spec) for name, spec in config.ema.items()}
-  size, parts = config.train.batch_size, config.train.accumulate
-  root = model_lib.key(config.seed, 'train')
-
-  def one_step(carry, batch):
-    state, metrics = carry
-    images, labels = batch
-    flip_key, drop_key, level_key, eps_key, dropout_key = jax.random.split(jax.random.fold_in(root, state.step), 5)
-    if config.data.flip:
-      mirrored = jax.random.bernoulli(flip_key, 0.5, (size,) + (1,) * (images.ndim - 1))
-      images = jnp.where(mirrored, images[..., ::-1, :], images)
-    x0 = model.codec.encode(images)
-    eps = jax.random.normal(eps_key, x0.shape)
-    cond = model.cond(labels, jax.random.bernoulli(drop_key, config.label_dropout, (size,)))
-
-    def loss_of(params, i):
-      # Every parts-th example: each device keeps its own.
-      part = lambda tree: jax.tree.map(lambda a: a.reshape(size // parts, parts, *a.shape[1:])[:, i], tree)
-      level = part(draw(level_key, size, model.diffusion.process, params['process']))
-      net = lambda x, noise: model.net.apply({'params': params['net']}, x, noise, part(cond), train=True,
-                                             rngs={'dropout': jax.random.fold_in(dropout_key, i)})
-      losses = diffusion.loss(net, part(x0), part(eps), level, model.diffusion, weight, params['process'])
-      return losses.mean(), (losses, level.logsnr)
-
-    def accumulate(grads, i):
-      (_, seen), more = jax.value_and_grad(loss_of, has_aux=True)(state.params, i)
-      return jax.tree.map(lambda a, b: a + b / parts, grads, more), seen
-
-    zeros = jax.tree.map(jnp.zeros_like, state.params)
-    grads, (losses, logsnr) = loop(accumulate, zeros, jnp.arange(parts))
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
-    emas = {name: ema.update(average, params, rates[name](state.step, size)) for name, average in state.emas.items()}
-    metrics = metrics.merge(Metrics.single_from_model_output(
-        loss=losses.mean(), grad_norm=optax.tree.norm(grads), losses=losses.ravel(), logsnr=logsnr.ravel()))
-    return (TrainState(state.step + 1, params, opt_state, emas), metrics), None
-
-  def steps(state, metrics, data, batches):
-    fetch = lambda batch: jax.tree.map(lambda a: a[batch], data) if data else batch
-    body = lambda carry, batch: one_step(carry, fetch(batch))
-    return loop(body, (state, metrics), batches)[0]
-
-  return steps
-
-
-def loop(body: Callable, carry: Any, xs: Any) -> tuple[Any, Any]:
-  """jax.lax.scan(body, carry, xs), written out where that is faster.
-
-  Inside a while loop XLA's CPU backend runs backward convolutions on one thread: a step is many times slower there.
-  """
-  length = len(jax.tree.leaves(xs)[0])
-  if length > 1 and jax.default_backend() != 'cpu':
-    return jax.lax.scan(body, carry, xs)
-  ys = []
-  for i in range(length):
-    carry, y = body(carry, jax.tree.map(lambda a, i=i: a[i], xs))
-    ys.append(y)
-  return carry, jax.tree.map(lambda *a: jnp.stack(a), *ys)
 
 
 class Batches:
@@ -164,16 +62,16 @@ class Batches:
 class Interrupt:
   """Notes Ctrl-C and SIGTERM, so that the loop can save and stop between two calls; a second one stops at once."""
 
-  def __init__(self):
+  def __enter__(self):
     self.received = None
     self.previous = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+    return self
 
   def _note(self, number, frame):
     self.received = signal.Signals(number).name
     signal.signal(number, signal.SIG_DFL)
 
-  def close(self):
-    """Gives the signals back to whoever had them."""
+  def __exit__(self, *_):
     for number, handler in self.previous.items():
       signal.signal(number, handler)
 
@@ -232,11 +130,10 @@ def write_about(workdir: pathlib.Path, model: Model, source: sources.Source, par
 
 
 def train(config: Config, workdir: pathlib.Path, allow_changes: bool = False, profile: bool = False) -> int:
-  """Trains, or resumes, in `workdir`; returns the exit status: 0 finished, 75 interrupted with everything saved."""
-  done_path = workdir / 'done.json'
-  schedule = Schedule.of(config.train)
-  interrupt = Interrupt()
+  """Trains, or resumes, in `workdir`; returns the exit status: 0 finished, 75 interrupted with everything saved.
 
+  Nothing is written before everything that can be wrong with the input has been seen.
+  """
   source = open_source(config)
   with explain('config'):
     mesh = sharding.make_mesh(**config.mesh)
@@ -244,9 +141,17 @@ def train(config: Config, workdir: pathlib.Path, allow_changes: bool = False, pr
   model = model_lib.make(config, source.shape, source.num_classes)
   optimizer = model_lib.optimizer_of(config)
   previews = Previews(model, mesh, workdir)
-  abstract = model_lib.abstract_state(model, mesh)
+  make_step(model, optimizer)  # builds the draw, the weight and the averages
+  claim(workdir, config, allow_changes)
+  with Interrupt() as interrupt:
+    return fit(model, optimizer, source, mesh, workdir, previews, interrupt, profile)
 
-  claim(workdir, config, allow_changes)  # everything that can be wrong with the input has been seen
+
+def fit(model: Model, optimizer: optax.GradientTransformation, source: sources.Source, mesh: jax.sharding.Mesh,
+        workdir: pathlib.Path, previews: 'Previews', interrupt: Interrupt, profile: bool) -> int:
+  """The one training loop: restores or initialises, then step after step to the end or to an interrupt."""
+  config, done_path, schedule = model.config, workdir / 'done.json', Schedule.of(model.config.train)
+  abstract = model_lib.abstract_state(model, mesh)
   checkpoints = checkpoint.Checkpoints(workdir, config.train.keep, writer=True)
   restored = checkpoints.restore(abstract)
   if restored:
@@ -312,7 +217,6 @@ def train(config: Config, workdir: pathlib.Path, allow_changes: bool = False, pr
   bar.close()
   checkpoints.close()
   records.close()
-  interrupt.close()
   if profile:
     profiler.stop()
   images = step * config.train.batch_size
@@ -325,27 +229,6 @@ def train(config: Config, workdir: pathlib.Path, allow_changes: bool = False, pr
   print(f'{images:,} images in {seconds:.1f} s, {rate:,.0f} images/s (compilation {compile_seconds:.1f} s apart) '
         f'-> {workdir}')
   return 0
-
-
-def initialise(model: Model, optimizer: optax.GradientTransformation, abstract: TrainState) -> TrainState:
-  """The state before the first step, made where it belongs: no device ever holds more than its part."""
-  shardings = jax.tree.map(lambda a: a.sharding, abstract)
-  init = jax.jit(lambda key: model_lib.initial_state(model, optimizer, key), out_shardings=shardings)
-  key = model_lib.key(model.config.seed, 'init')
-  # It runs once: on CPU, optimising the code of hundreds of random draws would take longer than all the rest.
-  quick = {'xla_backend_optimization_level': 0} if jax.default_backend() == 'cpu' else None
-  return init.lower(key).compile(compiler_options=quick)(key)
-
-
-def compile_step(model: Model, optimizer: Any, *arguments: Any) -> tuple[Callable, float]:
-  """The train step compiled for (state, metrics, data, batch), and the seconds that took; None without a batch."""
-  if arguments[-1] is None:
-    return None, 0.0
-  start = time.perf_counter()
-  state, data = arguments[0], arguments[2]
-  shardings = jax.tree.map(lambda a: a.sharding, arguments[:2])
-  steps = jax.jit(make_step(model, optimizer), donate_argnums=(0, 1), out_shardings=shardings)
-  return steps.lower(state, arguments[1], data, arguments[3]).compile(), time.perf_counter() - start
 
 
 def describe(values: dict[str, Any], config: Config, step: int, since: int, seconds: float,

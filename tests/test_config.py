@@ -405,7 +405,7 @@ def test_a_missing_flag_or_file_is_named(refused):
   assert "no run 'uncnd'" in refused(f'--config={DIGITS}:uncnd')
 
 
-@pytest.mark.parametrize('place', ['process', 'target', 'noise', 'net', 'optimizer'])
+@pytest.mark.parametrize('place', ['process', 'target', 'noise', 'net', 'optimizer', 'draw', 'weight'])
 def test_a_strangers_config_is_refused(refused, tmp_path, place):
   strange = json.loads(config_lib.to_json(config_lib.load(DIGITS)))
   strange[place] = {'fn': 'os:system', 'command': 'true'}

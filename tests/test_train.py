@@ -8,6 +8,7 @@ import pytest
 from conftest import tiny_config
 
 from diffusion_jax import model as model_lib
+from diffusion_jax import step as step_lib
 from diffusion_jax import train
 from diffusion_jax.runtime import log, sharding
 from diffusion_jax.runtime.checkpoint import Checkpoints
@@ -94,9 +95,9 @@ def test_a_run_leaves_its_records(tiny_run):
 
 def test_loss_by_logsnr_averages_to_the_loss():
   losses, logsnr = jnp.asarray([1.0, 2.0, 6.0, 7.0]), jnp.asarray([-30.0, -0.5, -0.4, 30.0])
-  binned = train.Binned.from_model_output(losses=losses, logsnr=logsnr).merge(train.Binned.empty())
+  binned = step_lib.Binned.from_model_output(losses=losses, logsnr=logsnr).merge(step_lib.Binned.empty())
   means = np.asarray(binned.compute())
-  edges = list(train.BINS)
+  edges = list(step_lib.BINS)
   assert means[0] == 1
   assert means[-1] == 7
   assert means[edges.index(-2.0)] == 4

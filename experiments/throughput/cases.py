@@ -38,9 +38,9 @@ NETS = {
                    groups=32),
 }
 CASES = {
-    'small_train': Case('small', 'train', 64, 'train step, 8x8, 0.66M parameters, batch 64'),
-    'small_sample_16': Case('small', 'sample', 16, '20-step DDIM, 8x8, 0.66M parameters, batch 16'),
-    'small_sample_64': Case('small', 'sample', 64, '20-step DDIM, 8x8, 0.66M parameters, batch 64'),
+    'small_train': Case('small', 'train', 64, 'train step, 8x8, 0.7M parameters, batch 64'),
+    'small_sample_16': Case('small', 'sample', 16, '20-step DDIM, 8x8, 0.7M parameters, batch 16'),
+    'small_sample_64': Case('small', 'sample', 64, '20-step DDIM, 8x8, 0.7M parameters, batch 64'),
     'cifar10_forward': Case('cifar10', 'forward', 8, 'forward pass, 32x32, 35.7M parameters, batch 8'),
     'cifar10_train': Case('cifar10', 'train', 8, 'train step, 32x32, 35.7M parameters, batch 8'),
     'overhead': Case('', 'digits', 64, 'data and records of a digits run', ('bare', 'loop')),

@@ -36,11 +36,12 @@ class Worker:
   other side. Telling them not to (OMP_WAIT_POLICY=passive) would change how torch itself performs.
   """
 
-  def __init__(self, side: str, name: str):
+  def __init__(self, side: str, name: str, cache: str):
     self.side, self.name = side, name
     self.errors = tempfile.TemporaryFile('w+')  # noqa: SIM115  closed with the process
-    # No compilation cache: compile times are those of a first run.
-    env = {k: v for k, v in os.environ.items() if k != 'JAX_COMPILATION_CACHE_DIR'} | {'JAX_PLATFORMS': 'cpu'}
+    # An empty compilation cache: compile times are those of a first run, and train.train compiles once for all rounds.
+    env = os.environ | {'JAX_PLATFORMS': 'cpu', 'JAX_COMPILATION_CACHE_DIR': cache,
+                        'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0'}
     self.process = subprocess.Popen(
         [sys.executable, '-m', 'experiments.throughput.worker', '--side', side, '--case', name], cwd=ROOT, env=env,
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors, text=True)
@@ -93,9 +94,9 @@ def measure(name: str, case: Case, rounds: int, quick: bool) -> dict[str, Any]:
   """The record of one case."""
   load = os.getloadavg()[0]
   with contextlib.ExitStack() as stack:
-    workers = []
+    cache, workers = stack.enter_context(tempfile.TemporaryDirectory()), []
     for side in case.sides:
-      workers.append(Worker(side, name))
+      workers.append(Worker(side, name, cache))
       stack.callback(workers[-1].close)
     # One after the other; the second is stopped by its first answer, and does nothing before it is asked.
     ready = [worker.ask('warm_up') for worker in workers]

@@ -1,0 +1,139 @@
+"""The train step: one function of (state, metrics, data, batches), compiled once."""
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from clu import metrics as clu_metrics
+from flax import struct
+
+from diffusion_jax import model as model_lib
+from diffusion_jax.core import diffusion, ema
+from diffusion_jax.core.types import Array
+from diffusion_jax.model import Model
+from diffusion_jax.runtime.config import build
+from diffusion_jax.runtime.state import TrainState
+
+BINS = np.linspace(-16, 16, 17)  # edges of the logsnr bins; what lies outside counts in the outer ones
+
+
+@struct.dataclass
+class Binned(clu_metrics.Metric):
+  """The mean of a value in each bin of logsnr."""
+  total: Array  # [bins]
+  count: Array  # [bins]
+
+  @classmethod
+  def empty(cls):
+    return cls(jnp.zeros(len(BINS) - 1), jnp.zeros(len(BINS) - 1))
+
+  @classmethod
+  def from_model_output(cls, losses: Array, logsnr: Array, **_):
+    member = jax.nn.one_hot(jnp.clip(jnp.searchsorted(BINS, logsnr) - 1, 0, len(BINS) - 2), len(BINS) - 1)
+    return cls(losses @ member, member.sum(0))
+
+  def merge(self, other):
+    return Binned(self.total + other.total, self.count + other.count)
+
+  def compute(self):
+    return jnp.where(self.count > 0, self.total / jnp.maximum(self.count, 1), jnp.nan)
+
+
+@struct.dataclass
+class Metrics(clu_metrics.Collection):
+  """What is averaged between two log records."""
+  loss: clu_metrics.Average.from_output('loss')
+  grad_norm: clu_metrics.Average.from_output('grad_norm')
+  loss_by_logsnr: Binned
+
+
+def make_step(model: Model, optimizer: optax.GradientTransformation) -> Callable:
+  """steps(state, metrics, data, batches) -> (state, metrics), one step for each along the first axis of `batches`.
+
+  data: the whole data set on the device, images uint8 [N, *S, C] and labels [N], and batches are indices [K, B]; or
+  None, and batches are themselves (images [K, B, *S, C], labels [K, B]). Randomness is a function of (seed, step).
+  """
+  config = model.config
+  draw, weight = build(config.draw), build(config.weight)
+  rates = {name: build(spec) for name, spec in config.ema.items()}
+  size, parts = config.train.batch_size, config.train.accumulate
+  root = model_lib.key(config.seed, 'train')
+
+  def one_step(carry, batch):
+    state, metrics = carry
+    images, labels = batch
+    flip_key, drop_key, level_key, eps_key, dropout_key = jax.random.split(jax.random.fold_in(root, state.step), 5)
+    if config.data.flip:
+      mirrored = jax.random.bernoulli(flip_key, 0.5, (size,) + (1,) * (images.ndim - 1))
+      images = jnp.where(mirrored, images[..., ::-1, :], images)
+    x0 = model.codec.encode(images)
+    eps = jax.random.normal(eps_key, x0.shape)
+    cond = model.cond(labels, jax.random.bernoulli(drop_key, config.label_dropout, (size,)))
+
+    def loss_of(params, i):
+      # Every parts-th example: each device keeps its own.
+      part = lambda tree: jax.tree.map(lambda a: a.reshape(size // parts, parts, *a.shape[1:])[:, i], tree)
+      level = part(draw(level_key, size, model.diffusion.process, params['process']))
+      net = lambda x, noise: model.net.apply({'params': params['net']}, x, noise, part(cond), train=True,
+                                             rngs={'dropout': jax.random.fold_in(dropout_key, i)})
+      losses = diffusion.loss(net, part(x0), part(eps), level, model.diffusion, weight, params['process'])
+      return losses.mean(), (losses, level.logsnr)
+
+    def accumulate(grads, i):
+      (_, seen), more = jax.value_and_grad(loss_of, has_aux=True)(state.params, i)
+      return jax.tree.map(lambda a, b: a + b / parts, grads, more), seen
+
+    zeros = jax.tree.map(jnp.zeros_like, state.params)
+    grads, (losses, logsnr) = loop(accumulate, zeros, jnp.arange(parts))
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    emas = {name: ema.update(average, params, rates[name](state.step, size)) for name, average in state.emas.items()}
+    metrics = metrics.merge(Metrics.single_from_model_output(
+        loss=losses.mean(), grad_norm=optax.tree.norm(grads), losses=losses.ravel(), logsnr=logsnr.ravel()))
+    return (TrainState(state.step + 1, params, opt_state, emas), metrics), None
+
+  def steps(state, metrics, data, batches):
+    fetch = lambda batch: jax.tree.map(lambda a: a[batch], data) if data else batch
+    body = lambda carry, batch: one_step(carry, fetch(batch))
+    return loop(body, (state, metrics), batches)[0]
+
+  return steps
+
+
+def loop(body: Callable, carry: Any, xs: Any) -> tuple[Any, Any]:
+  """jax.lax.scan(body, carry, xs), written out where that is faster.
+
+  Inside a while loop XLA's CPU backend runs backward convolutions on one thread: a step is many times slower there.
+  """
+  length = len(jax.tree.leaves(xs)[0])
+  if length > 1 and jax.default_backend() != 'cpu':
+    return jax.lax.scan(body, carry, xs)
+  ys = []
+  for i in range(length):
+    carry, y = body(carry, jax.tree.map(lambda a, i=i: a[i], xs))
+    ys.append(y)
+  return carry, jax.tree.map(lambda *a: jnp.stack(a), *ys)
+
+
+def initialise(model: Model, optimizer: optax.GradientTransformation, abstract: TrainState) -> TrainState:
+  """The state before the first step, made where it belongs: no device ever holds more than its part."""
+  shardings = jax.tree.map(lambda a: a.sharding, abstract)
+  init = jax.jit(lambda key: model_lib.initial_state(model, optimizer, key), out_shardings=shardings)
+  key = model_lib.key(model.config.seed, 'init')
+  # It runs once: on CPU, optimising the code of hundreds of random draws would take longer than all the rest.
+  quick = {'xla_backend_optimization_level': 0} if jax.default_backend() == 'cpu' else None
+  return init.lower(key).compile(compiler_options=quick)(key)
+
+
+def compile_step(model: Model, optimizer: Any, *arguments: Any) -> tuple[Callable, float]:
+  """The train step compiled for (state, metrics, data, batch), and the seconds that took; None without a batch."""
+  if arguments[-1] is None:
+    return None, 0.0
+  start = time.perf_counter()
+  state, data = arguments[0], arguments[2]
+  shardings = jax.tree.map(lambda a: a.sharding, arguments[:2])
+  steps = jax.jit(make_step(model, optimizer), donate_argnums=(0, 1), out_shardings=shardings)
+  return steps.lower(state, arguments[1], data, arguments[3]).compile(), time.perf_counter() - start
