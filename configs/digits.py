@@ -24,8 +24,8 @@ def get_config(run=''):
   config.optimizer = spec(optax.adam)
   config.learning_rate.update({'peak': 4e-3, 'warmup_images': 3_200, 'decay': 'cosine'})
   config.ema.main = spec(ema.constant, decay=0.995)
-  config.train.update({'images': 64_000, 'batch_size': 64, 'log_every': 3_200, 'sample_every': 16_000,
-                       'checkpoint_every': 16_000})
+  config.train.update({'images': 51_200, 'batch_size': 64, 'log_every': 3_200, 'sample_every': 12_800,
+                       'checkpoint_every': 12_800})
   config.sample.sampler = spec(samplers.ddim)
   config.sample.update({'steps': 50, 'batch_size': 100})
   config.eval.update({'num_samples': 500, 'features': 'digits'})

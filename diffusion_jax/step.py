@@ -67,8 +67,7 @@ def make_step(model: Model, optimizer: optax.GradientTransformation) -> Callable
     images, labels = batch
     flip_key, drop_key, level_key, eps_key, dropout_key = jax.random.split(jax.random.fold_in(root, state.step), 5)
     if config.data.flip:
-      mirrored = jax.random.bernoulli(flip_key, 0.5, (size,) + (1,) * (images.ndim - 1))
-      images = jnp.where(mirrored, images[..., ::-1, :], images)
+      images = mirror(flip_key, images)
     x0 = model.codec.encode(images)
     eps = jax.random.normal(eps_key, x0.shape)
     cond = model.cond(labels, jax.random.bernoulli(drop_key, config.label_dropout, (size,)))
@@ -101,6 +100,12 @@ def make_step(model: Model, optimizer: optax.GradientTransformation) -> Callable
     return loop(body, (state, metrics), batches)[0]
 
   return steps
+
+
+def mirror(key: Array, images: Array) -> Array:
+  """Images [B, *S, C], each turned left to right (along its last spatial axis) with probability 1/2."""
+  chosen = jax.random.bernoulli(key, 0.5, (len(images),) + (1,) * (images.ndim - 1))
+  return jnp.where(chosen, images[..., ::-1, :], images)
 
 
 def loop(body: Callable, carry: Any, xs: Any) -> tuple[Any, Any]:

@@ -10,9 +10,10 @@ from conftest import tiny_config
 from diffusion_jax import model as model_lib
 from diffusion_jax import step as step_lib
 from diffusion_jax import train
+from diffusion_jax.core import ema
 from diffusion_jax.runtime import log, sharding
 from diffusion_jax.runtime.checkpoint import Checkpoints
-from diffusion_jax.runtime.config import UserError
+from diffusion_jax.runtime.config import UserError, spec
 
 
 def run_steps(config, mesh, count=4):
@@ -39,6 +40,29 @@ def assert_same(a, b, tolerance=1e-5):
 def plain():
   """Four steps on one device, by gradient descent: where a gradient is 0, Adam makes whole steps of rounding."""
   return run_steps(tiny_config(optimizer='sgd', net__dropout=0.1), sharding.make_mesh(1, 1))
+
+
+def test_several_averages_are_kept_at_once():
+  """One that forgets at once is the parameters themselves; one that hardly moves stays near the start."""
+  config = tiny_config()
+  config.ema.now = spec(ema.constant, decay=0.0, warmup=False)
+  config.ema.still = spec(ema.constant, decay=1 - 1e-7, warmup=False)
+  state, _ = run_steps(config, sharding.make_mesh(1, 1), 3)
+  assert set(state.emas) == {'main', 'now', 'still'}
+  assert_same(state.emas['now'], state.params, 1e-6)
+  kernel = lambda tree: np.asarray(tree['net']['conv_out']['kernel'])  # zero at the start
+  assert np.abs(kernel(state.emas['still'])).max() < 1e-6 * np.abs(kernel(state.params)).max()
+  assert np.abs(kernel(state.params) - kernel(state.emas['main'])).max() > 0
+
+
+@pytest.mark.parametrize('shape', [(5, 1), (4, 6, 3), (2, 3, 4, 1)], ids=str)
+def test_half_of_the_images_are_mirrored(shape):
+  images = np.random.default_rng(0).integers(0, 256, (400, *shape), np.uint8)
+  mirrored = np.asarray(step_lib.mirror(jax.random.key(0), images))
+  turned = (mirrored == images[..., ::-1, :]).reshape(400, -1).all(1)
+  kept = (mirrored == images).reshape(400, -1).all(1)
+  assert np.all(turned | kept)
+  assert abs(turned.sum() - 200) < 4 * np.sqrt(400 / 4)
 
 
 def test_one_device_equals_a_mesh_of_eight(plain, monkeypatch):
