@@ -33,7 +33,7 @@ class Worker:
   """One side of a case in a fresh process, stopped by a signal while it is not asked.
 
   Stopping is what makes the comparison fair on few cores: idle threads of OpenMP spin, and would take the time of the
-  other side. Telling them not to (OMP_WAIT_POLICY=passive) would change how torch itself performs.
+  other side. No setting of OpenMP is touched, since it could change how torch itself performs.
   """
 
   def __init__(self, side: str, name: str, cache: str):
@@ -98,7 +98,7 @@ def measure(name: str, case: Case, rounds: int, quick: bool) -> dict[str, Any]:
     for side in case.sides:
       workers.append(Worker(side, name, cache))
       stack.callback(workers[-1].close)
-    # One after the other; the second is stopped by its first answer, and does nothing before it is asked.
+    # One after the other: a side only imports its libraries before it is asked.
     ready = [worker.ask('warm_up') for worker in workers]
     check_equal(name, case.sides, ready)
     if case.work == 'digits':
