@@ -267,7 +267,7 @@ def test_cpu_devices_divide_the_batch_and_have_work(cores, monkeypatch):
     (name, count), = chosen
     chosen.clear()
     assert name == 'jax_num_cpu_devices'
-    allowed = lambda n, size=batch_size: size % n == 0 and size // n >= 8
+    allowed = lambda n, size=batch_size: size % n == 0 and size // n >= 4
     assert 1 <= count <= cores and (count == 1 or allowed(count))
     assert not any(allowed(n) for n in range(count + 1, cores + 1))  # and no more of them would do
   for name, value in (('XLA_FLAGS', '--xla_force_host_platform_device_count=4'), ('JAX_NUM_CPU_DEVICES', '4')):

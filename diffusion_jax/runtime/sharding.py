@@ -12,7 +12,7 @@ MIN_SHARDED_SIZE = 2 ** 16  # smaller parameters are cheaper to keep whole than 
 
 
 def use_cpu_cores(batch_size: int) -> None:
-  """Makes one virtual CPU device per core, so far as they divide the batch; call before anything touches a device.
+  """Makes one virtual CPU device per core, so far as each gets at least 4 of the batch; call before using a device.
 
   XLA's convolutions hardly use more than one core for small images: a batch spread over two devices is twice as fast.
   An explicit choice (XLA_FLAGS or JAX_NUM_CPU_DEVICES) is left alone. Other backends are not affected.
@@ -20,7 +20,7 @@ def use_cpu_cores(batch_size: int) -> None:
   if 'host_platform_device_count' in os.environ.get('XLA_FLAGS', '') or 'JAX_NUM_CPU_DEVICES' in os.environ:
     return
   cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
-  count = max(n for n in range(1, cores + 1) if batch_size % n == 0 and (n == 1 or batch_size // n >= 8))
+  count = max(n for n in range(1, cores + 1) if batch_size % n == 0 and (n == 1 or batch_size // n >= 4))
   with contextlib.suppress(RuntimeError):  # the backend is up already: it keeps the devices it has
     jax.config.update('jax_num_cpu_devices', count)
 
