@@ -12,7 +12,7 @@ quickstart: .venv/installed
 	$(BIN)/diffusion-jax report $(RUN)
 
 test: .venv/tested
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: .venv/tested
 	$(BIN)/ruff check .

@@ -6,7 +6,7 @@ import pytest
 from diffusion_jax.core import ema
 
 
-@pytest.mark.parametrize('rate', [ema.constant(), ema.constant(warmup=False), ema.half_life()], ids=str)
+@pytest.mark.parametrize('rate', [ema.constant(), ema.constant(warmup=False), ema.half_life()], ids=['a', 'b', 'c'])
 def test_average_of_a_constant_is_that_constant(rate):
   average = params = {'w': jnp.full((3,), 2.5)}
   for step in range(5):
