@@ -1,4 +1,5 @@
 """The train step: one function of (state, metrics, data, batches), compiled once."""
+import collections
 import time
 from collections.abc import Callable
 from typing import Any
@@ -133,12 +134,35 @@ def initialise(model: Model, optimizer: optax.GradientTransformation, abstract: 
   return init.lower(key).compile(compiler_options=quick)(key)
 
 
-def compile_step(model: Model, optimizer: Any, *arguments: Any) -> tuple[Callable, float]:
+class Steps:
+  """The compiled train step: (state, metrics, data, batch) -> (state, metrics), the first two donated.
+
+  Calls return at once, with at most `IN_FLIGHT` of them unfinished: more would only hold their batches in memory, and
+  XLA's CPU client can lock up for ever with 32 programs waiting for the same two devices.
+  """
+  IN_FLIGHT = 8
+
+  def __init__(self, compiled: jax.stages.Compiled):
+    self.compiled, self.unfinished = compiled, collections.deque()
+
+  def __call__(self, *arguments: Any) -> tuple[TrainState, Metrics]:
+    state, metrics, done = self.compiled(*arguments)
+    self.unfinished.append(done)
+    if len(self.unfinished) == self.IN_FLIGHT:
+      self.unfinished.popleft().block_until_ready()
+    return state, metrics
+
+
+def compile_step(model: Model, optimizer: Any, *arguments: Any) -> tuple[Steps | None, float]:
   """The train step compiled for (state, metrics, data, batch), and the seconds that took; None without a batch."""
   if arguments[-1] is None:
     return None, 0.0
-  start = time.perf_counter()
-  state, data = arguments[0], arguments[2]
-  shardings = jax.tree.map(lambda a: a.sharding, arguments[:2])
-  steps = jax.jit(make_step(model, optimizer), donate_argnums=(0, 1), out_shardings=shardings)
-  return steps.lower(state, arguments[1], data, arguments[3]).compile(), time.perf_counter() - start
+  steps, start = make_step(model, optimizer), time.perf_counter()
+
+  def call(*arguments):
+    state, metrics = steps(*arguments)
+    return state, metrics, state.step  # the state is donated to the next call: something must stay to be waited for
+
+  where = jax.tree.map(lambda a: a.sharding, arguments[:2])
+  jitted = jax.jit(call, donate_argnums=(0, 1), out_shardings=(*where, where[0].step))
+  return Steps(jitted.lower(*arguments).compile()), time.perf_counter() - start

@@ -170,7 +170,7 @@ def fit(model: Model, optimizer: optax.GradientTransformation, source: sources.S
   metrics = jax.device_put(Metrics.empty(), sharding.replicated(mesh))
   calls = batches(meta['step'], schedule.total)
   first = next(calls, None)
-  compiled, compile_seconds = compile_step(model, optimizer, state, metrics, batches.data, first)
+  take, compile_seconds = compile_step(model, optimizer, state, metrics, batches.data, first)
   if profile:
     profiler.start(str(workdir / 'profile'))
 
@@ -184,7 +184,7 @@ def fit(model: Model, optimizer: optax.GradientTransformation, source: sources.S
     seconds, last = seconds + time.perf_counter() - last, time.perf_counter()
 
   for batch in itertools.chain([first] if first is not None else [], calls):
-    state, metrics = compiled(state, metrics, batches.data, batch)
+    state, metrics = take(state, metrics, batches.data, batch)
     step += config.train.steps_per_call
     bar.update(config.train.batch_size * config.train.steps_per_call)
     stopping = interrupt.received is not None
@@ -279,20 +279,20 @@ def dry_run(config: Config) -> int:
   model = model_lib.make(config, shape, num_classes)
   optimizer = model_lib.optimizer_of(config)
   state = model_lib.abstract_state(model, mesh)
-  size, steps = config.train.batch_size, config.train.steps_per_call
-  images = jax.ShapeDtypeStruct((steps, size, *shape), jnp.uint8, sharding=sharding.batch(mesh, 1))
-  labels = jax.ShapeDtypeStruct((steps, size), jnp.int32, sharding=sharding.batch(mesh, 1))
+  size, count = config.train.batch_size, config.train.steps_per_call
+  images = jax.ShapeDtypeStruct((count, size, *shape), jnp.uint8, sharding=sharding.batch(mesh, 1))
+  labels = jax.ShapeDtypeStruct((count, size), jnp.int32, sharding=sharding.batch(mesh, 1))
   metrics = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding.replicated(mesh)),
                          jax.eval_shape(Metrics.empty))
-  compiled, seconds = compile_step(model, optimizer, state, metrics, None, (images, labels))
-  memory, cost = compiled.memory_analysis(), compiled.cost_analysis() or {}
+  steps, seconds = compile_step(model, optimizer, state, metrics, None, (images, labels))
+  memory, cost = steps.compiled.memory_analysis(), steps.compiled.cost_analysis() or {}
   print(parameter_overview.get_parameter_overview(state.params['net'], include_stats=False))
   gib = lambda n: f'{n / 2 ** 30:.3f} GiB'
   for name, value in {
       'batch': f'{size} x {shape} uint8, over a mesh of {dict(mesh.shape)}',
       'parameters': f'{num_parameters(state.params["net"]):,}',
       'train state': gib(sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(state))),
-      'FLOPs of a step': f'{cost["flops"] * mesh.size / steps:.3e}' if cost.get('flops', 0) > 0 else 'unknown here',
+      'FLOPs of a step': f'{cost["flops"] * mesh.size / count:.3e}' if cost.get('flops', 0) > 0 else 'unknown here',
       'memory of a device': f'{gib(memory.argument_size_in_bytes)} arguments + {gib(memory.temp_size_in_bytes)} '
                             f'temporary' if memory else 'unknown here',
       'steps': f'{Schedule.of(config.train).total:,} of {size} images',

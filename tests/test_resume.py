@@ -8,8 +8,14 @@ import subprocess
 import sys
 import time
 
+import jax
+import jax.numpy as jnp
 import pytest
 from conftest import ROOT, TINY
+
+from diffusion_jax.runtime import checkpoint
+from diffusion_jax.runtime.config import UserError
+from diffusion_jax.runtime.state import TrainState
 
 IMAGES = 1600
 
@@ -88,31 +94,54 @@ def test_killed_runs_end_in_the_same_bits(whole, tmp_path):
   assert not [p for p in (workdir / 'checkpoints').glob('*') if 'tmp' in p.name]
 
 
-def largest_data_file(checkpoint):
-  return max((p for p in checkpoint.rglob('*') if p.is_file() and '/d/' in str(p)), key=lambda p: p.stat().st_size)
+def data_files(checkpoint):
+  return sorted(checkpoint.rglob('d/*'), key=lambda p: p.stat().st_size)
 
 
-def flip_a_bit(path):
-  data = bytearray(path.read_bytes())
-  data[len(data) // 2] ^= 0x10
-  path.write_bytes(data)
+def flip_bits(checkpoint):
+  """One in the middle of every data file: tensorstore leaves bytes there that nothing refers to any more."""
+  for path in data_files(checkpoint):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 0x10
+    path.write_bytes(data)
 
 
-def truncate(path):
-  path.write_bytes(path.read_bytes()[:path.stat().st_size // 2])
+def truncate(checkpoint):
+  for path in data_files(checkpoint):
+    path.write_bytes(path.read_bytes()[:path.stat().st_size // 2])
 
 
-@pytest.mark.parametrize('damage', [flip_a_bit, truncate, pathlib.Path.unlink], ids=['bit', 'truncated', 'removed'])
+def remove(checkpoint):
+  data_files(checkpoint)[-1].unlink()
+
+
+@pytest.mark.parametrize('damage', [flip_bits, truncate, remove])
 def test_a_damaged_checkpoint_is_set_aside(whole, tmp_path, damage):
   """The newest checkpoint is named and set aside; the run goes on from the one before to the same bits."""
   workdir = tmp_path / 'damaged'
   shutil.copytree(whole, workdir)
   (workdir / 'done.json').unlink()
   newest = steps(workdir)[-1]
-  damage(largest_data_file(workdir / 'checkpoints' / str(newest)))
+  damage(workdir / 'checkpoints' / str(newest))
   code, out = finish(start(workdir))
   assert code == 0, out
   assert f'checkpoint {newest} is damaged' in out
   assert f'damaged/{newest}' in out
   assert (workdir / 'damaged' / str(newest)).is_dir()
   assert fingerprint(workdir) == fingerprint(whole)
+
+
+def test_one_flipped_bit_of_an_array_is_seen(tmp_path):
+  """In the stored bytes of a large incompressible array."""
+  params = {'w': jax.random.normal(jax.random.key(0), (512, 512))}
+  state = TrainState(jnp.array(7), params, (), {})
+  writer = checkpoint.Checkpoints(tmp_path, writer=True)
+  writer.save(state, {})
+  writer.close()
+  largest = data_files(tmp_path / 'checkpoints' / '7')[-1]
+  data = bytearray(largest.read_bytes())
+  data[len(data) // 2] ^= 0x10
+  largest.write_bytes(data)
+  where = jax.tree.map(lambda a: a.sharding, state)
+  with pytest.raises(UserError, match=r'checkpoint 7 is damaged .*checksums of 1 arrays do not match'):
+    checkpoint.Checkpoints(tmp_path).restore(checkpoint.abstract_with(jax.eval_shape(lambda: state), where), 7)

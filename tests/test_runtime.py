@@ -277,6 +277,18 @@ def test_cpu_devices_divide_the_batch_and_have_work(cores, monkeypatch):
   assert not chosen  # who chose already has the last word
 
 
+def test_cpu_devices_may_wait_for_each_other(monkeypatch):
+  """A suspended run must not be ended when it goes on; a user's own limit stands."""
+  monkeypatch.setattr(jax.config, 'update', lambda name, value: None)
+  for before, after in (('', '--xla_cpu_collective_call_terminate_timeout_seconds=3600'),
+                        ('--xla_a=1', '--xla_a=1 --xla_cpu_collective_call_terminate_timeout_seconds=3600'),
+                        ('--xla_cpu_collective_call_terminate_timeout_seconds=9',) * 2):
+    monkeypatch.setenv('XLA_FLAGS', before)
+    sharding.use_cpu_cores(64)
+    sharding.use_cpu_cores(64)
+    assert os.environ['XLA_FLAGS'] == after
+
+
 def test_cpu_devices_stay_once_they_are_in_use():
   count = jax.device_count()
   sharding.use_cpu_cores(64)

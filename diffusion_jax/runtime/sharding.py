@@ -8,6 +8,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 BATCH = ('data', 'fsdp')  # the batch is spread over both axes
+# XLA ends a process whose CPU devices wait 40 s for each other: a suspended laptop or a large network would do.
+COLLECTIVE_TIMEOUT = 'xla_cpu_collective_call_terminate_timeout_seconds'
 MIN_SHARDED_SIZE = 2 ** 16  # smaller parameters are cheaper to keep whole than to gather
 
 
@@ -17,7 +19,10 @@ def use_cpu_cores(batch_size: int) -> None:
   XLA's convolutions hardly use more than one core for small images: a batch spread over two devices is twice as fast.
   An explicit choice (XLA_FLAGS or JAX_NUM_CPU_DEVICES) is left alone. Other backends are not affected.
   """
-  if 'host_platform_device_count' in os.environ.get('XLA_FLAGS', '') or 'JAX_NUM_CPU_DEVICES' in os.environ:
+  flags = os.environ.get('XLA_FLAGS', '')
+  if COLLECTIVE_TIMEOUT not in flags:
+    os.environ['XLA_FLAGS'] = f'{flags} --{COLLECTIVE_TIMEOUT}=3600'.strip()
+  if 'host_platform_device_count' in flags or 'JAX_NUM_CPU_DEVICES' in os.environ:
     return
   cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
   count = max(n for n in range(1, cores + 1) if batch_size % n == 0 and (n == 1 or batch_size // n >= 4))
