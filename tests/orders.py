@@ -1,0 +1,14 @@
+"""The order of convergence each deterministic sampler claims, of its default construction; test_samplers.py measures it.
+
+One table per module of samplers. A sampler that draws noise is listed in STOCHASTIC instead; a member that is in neither
+fails by name.
+"""
+SINGLE_STEP = {'ddim': 1, 'heun': 2}
+MULTISTEP = {'dpmpp_2m': 2}
+ADAPTIVE = {}
+ORDER = SINGLE_STEP | MULTISTEP | ADAPTIVE
+
+STOCHASTIC_SINGLE_STEP = {'ancestral'}
+STOCHASTIC_MULTISTEP = set()
+STOCHASTIC_ADAPTIVE = set()
+STOCHASTIC = STOCHASTIC_SINGLE_STEP | STOCHASTIC_MULTISTEP | STOCHASTIC_ADAPTIVE
