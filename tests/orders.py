@@ -1,7 +1,6 @@
-"""The order of convergence each deterministic sampler claims, of its default construction; test_samplers.py measures it.
+"""The order of convergence that each deterministic sampler claims by default; test_samplers.py measures it.
 
-One table per module of samplers. A sampler that draws noise is listed in STOCHASTIC instead; a member that is in neither
-fails by name.
+One table per module of samplers. One that draws noise is in STOCHASTIC instead; a member in neither fails by name.
 """
 SINGLE_STEP = {'ddim': 1, 'heun': 2}
 MULTISTEP = {'dpmpp_2m': 2}

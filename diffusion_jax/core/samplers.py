@@ -1,63 +1,25 @@
-"""Samplers: one step from a level to the next, and the one loop that takes the steps.
+"""Samplers: each a step from a level to the next. `solve` (core/solver.py) is the one loop that takes the steps.
 
-A sampler owns its network calls: step(denoise, x, memory, cur, nxt, z) calls `denoise` as often as it needs (Heun:
-twice) and returns (x at nxt, memory). All are written on levels alone: each runs on every path, and from alpha = 0.
+All are written on levels alone: each runs on every path, and from alpha = 0. Here are the single-step ones; those that
+remember earlier estimates are in core/multistep.py, those that choose their own steps in core/adaptive.py.
+
+The probability-flow ODE is dx = x0 dalpha + eps dsigma; in sigma / alpha, the one coordinate that all paths share, it
+is d(x / alpha) = eps d(sigma / alpha). Euler's step of either is `transfer`: DDIM's, the same along every path.
 """
-from collections.abc import Callable
-from typing import Any, NamedTuple
+import math
 
 import jax
 import jax.numpy as jnp
 
-from diffusion_jax.core.types import Array, Denoise, Level, require
+from diffusion_jax.core import adaptive, multistep
+from diffusion_jax.core.adaptive import *  # noqa: F403
+from diffusion_jax.core.multistep import *  # noqa: F403
+from diffusion_jax.core.schedules import Process
+from diffusion_jax.core.solver import Sampler, independent, prior, solve, transfer  # noqa: F401
+from diffusion_jax.core.types import Array, Denoise, Denoiser, Level, expand, require, then, with_variance
 
-__all__ = ['ancestral', 'ddim', 'dpmpp_2m', 'heun']
-
-
-class Sampler(NamedTuple):
-  """A sampling method. `calls` is how many times a step evaluates the denoiser."""
-  step: Callable[[Denoise, Array, Any, Level, Level, Array], tuple[Array, Any]]
-  init: Callable[[Array], Any] = lambda x: ()  # x -> the memory before the first step
-  calls: int = 1
-
-  def nfe(self, num_steps: int) -> int:
-    """Network evaluations for a grid of num_steps levels: a step between each pair, and a last call that gives x0."""
-    return (num_steps - 1) * self.calls + 1
-
-
-def solve(sampler: Sampler, denoise: Denoise, x: Array, grid: Level, keys: Array, trajectory: bool = False):
-  """Integrates from grid[0] to data: x0 [B, *S, C].
-
-  x [B, *S, C] is at grid[0]; keys [B] are per-sample: sample i depends on x[i] and keys[i] alone. Memory does not grow
-  with the number of steps, unless `trajectory` asks for (x0, (x, x0 estimate)), these two [N, B, *S, C], at each level.
-  """
-  num_levels = grid.logsnr.shape[0]
-
-  def at(i):
-    return jax.tree.map(lambda a: a[i], grid)
-
-  def body(carry, i):
-    z = jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, i), x.shape[1:], x.dtype))(keys)
-    seen = (carry[0], denoise(carry[0], at(i))) if trajectory else None
-    return sampler.step(denoise, *carry, at(i), at(i + 1), z), seen
-
-  (x, _), seen = jax.lax.scan(body, (x, sampler.init(x)), jnp.arange(num_levels - 1))
-  x0 = denoise(x, at(num_levels - 1))
-  if not trajectory:
-    return x0
-  return x0, jax.tree.map(lambda path, end: jnp.concatenate([path, end[None]]), seen, (x, x0))
-
-
-def prior(keys: Array, shape: tuple[int, ...], level: Level) -> Array:
-  """Where sampling starts: sigma times a standard normal of `shape` (*S, C) for each key: [B, *S, C]."""
-  start = jnp.uint32(0xFFFFFFFF)  # `solve` folds in the steps 0, 1, ...
-  return level.sigma * jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, start), shape))(keys)
-
-
-def transfer(x: Array, x0: Array, cur: Level, nxt: Level) -> Array:
-  """Keeps the noise and moves the level: DDIM (Song et al. 2021, eq. 13), the base of every exponential integrator."""
-  ratio = nxt.sigma / cur.sigma
-  return ratio * x + (nxt.alpha - cur.alpha * ratio) * x0
+__all__ = ['ancestral', 'ancestral_learned', 'ddim', 'euler', 'euler_ancestral', 'flow_euler', 'heun', 'lcm',
+           'predictor_corrector', *multistep.__all__, *adaptive.__all__]
 
 
 def ancestral(variance: float = 0.0) -> Sampler:
@@ -69,13 +31,38 @@ def ancestral(variance: float = 0.0) -> Sampler:
   require(0 <= variance <= 1, f'variance must lie in [0, 1], got {variance}')
 
   def step(denoise, x, memory, cur, nxt, z):
-    x0 = denoise(x, cur)
-    lost = -jnp.expm1(cur.logsnr - nxt.logsnr)  # 1 - SNR(cur) / SNR(nxt): beta_t / sigma_t^2 on the vp path
-    mean = nxt.alpha * lost * x0 + cur.alpha / nxt.alpha * (nxt.sigma / cur.sigma) ** 2 * x
-    small, large = nxt.sigma * jnp.sqrt(lost), cur.sigma * jnp.sqrt(lost)
+    mean, small, large = _posterior(x, denoise(x, cur), cur, nxt)
     return mean + small ** (1 - variance) * large ** variance * z, memory
 
   return Sampler(step)
+
+
+def ancestral_learned(kind: str = 'range') -> Sampler:
+  """DDPM's reverse chain with the variance that the network gives (Nichol & Dhariwal 2021, section 3.1).
+
+  kind: 'range': the network's v in [-1, 1] lies between the posterior's variance (-1) and beta_t (1), in the logarithm
+  (eq. 15); 'diagonal': it is the log variance of x itself, element by element. ValueError when traced with a denoiser
+  that has no variance output.
+  """
+  require(kind in ('range', 'diagonal'), f"kind must be 'range' or 'diagonal', got {kind!r}")
+
+  def step(denoise, x, memory, cur, nxt, z):
+    x0, output = with_variance(denoise)(x, cur)
+    require(output is not None, 'a learned variance needs a network that predicts one: take the sampler `ancestral`')
+    mean, small, large = _posterior(x, x0, cur, nxt)
+    if kind == 'diagonal':
+      return mean + jnp.exp(output / 2) * z, memory
+    share = (output + 1) / 2
+    return mean + small ** (1 - share) * large ** share * z, memory
+
+  return Sampler(step)
+
+
+def _posterior(x: Array, x0: Array, cur: Level, nxt: Level) -> tuple[Array, Array, Array]:
+  """The mean of q(x at nxt | x, x0) (Ho et al. 2020, eq. 7), its standard deviation, and sqrt(beta)."""
+  lost = -jnp.expm1(cur.logsnr - nxt.logsnr)  # 1 - SNR(cur) / SNR(nxt): beta_t / sigma_t^2 on the vp path
+  mean = nxt.alpha * lost * x0 + cur.alpha / nxt.alpha * (nxt.sigma / cur.sigma) ** 2 * x
+  return mean, nxt.sigma * jnp.sqrt(lost), cur.sigma * jnp.sqrt(lost)
 
 
 def ddim(eta: float = 0.0) -> Sampler:
@@ -91,29 +78,149 @@ def ddim(eta: float = 0.0) -> Sampler:
   return Sampler(step)
 
 
-def heun() -> Sampler:
-  """Heun's method on dx = x0 dalpha + eps dsigma, second order on any path; on ve it is EDM's (Karras et al. 2022)."""
+def invert(denoise: Denoise, x0: Array, grid: Level) -> Array:
+  """DDIM from data to noise (Song et al. 2021, section 5.4): the x at grid[0] from which ddim() returns to x0.
+
+  grid is the one to sample with, noise first. The way back misses x0 by an error that halves with the step.
+  """
+  back = jax.tree.map(lambda a: a[::-1], grid)
+  first = jax.tree.map(lambda a: a[0], back)
+  # Sampling ends in denoise(x): from denoise(x) ~ x / alpha - s, the x that is denoised to x0 is alpha (x0 + s).
+  x = first.alpha * (2 * x0 - denoise(first.alpha * x0, first))
+  keys = jax.random.split(jax.random.key(0), x.shape[0])  # no noise is drawn from them
+  return solve(euler(), denoise, x, back, keys, to_data=False)
+
+
+def euler(churn: float = 0.0, s_min: float = 0.0, s_max: float = 1e6, s_noise: float = 1.0) -> Sampler:
+  """Euler's method in sigma / alpha: DDIM. With churn it is EDM's stochastic sampler less its second call.
+
+  See `heun` for the arguments.
+  """
+  noisier = _churn(churn, s_min, s_max, s_noise)
+
+  def step(denoise, x, gamma, cur, nxt, z):
+    x, cur = noisier(x, gamma, cur, z)
+    return transfer(x, denoise(x, cur), cur, nxt), gamma
+
+  return _churned(Sampler(step), churn, noisier)
+
+
+def heun(churn: float = 0.0, s_min: float = 0.0, s_max: float = 1e6, s_noise: float = 1.0) -> Sampler:
+  """EDM's sampler (Karras et al. 2022, algorithm 2): Heun's method in sigma / alpha, second order on every path.
+
+  churn: S_churn >= 0, the noise put back over a whole run: each level rises by a factor 1 + min(churn / N, sqrt(2) - 1)
+  of sigma / alpha, the last of the N levels too, where sigma / alpha lies in [s_min, s_max]; s_noise > 0 scales it.
+  From alpha = 0, where sigma / alpha is infinite, the first step is Euler's.
+  """
+  noisier = _churn(churn, s_min, s_max, s_noise)
+
+  def step(denoise, x, gamma, cur, nxt, z):
+    x, cur = noisier(x, gamma, cur, z)
+    x0 = denoise(x, cur)
+    guess = transfer(x, x0, cur, nxt)
+    # The trapezoidal rule changes the guess by (eps' - eps) / 2 times the step, here written with the change of x0.
+    slope = jnp.where(jnp.isinf(cur.logsnr), 0.0, jnp.expm1((nxt.logsnr - cur.logsnr) / 2) / 2)
+    return guess + nxt.alpha * slope * (denoise(guess, nxt) - x0), gamma
+
+  return _churned(Sampler(step, calls=2), churn, noisier)
+
+
+def _churn(churn: float, s_min: float, s_max: float, s_noise: float):
+  """noisier(x, gamma, level, z) -> x and the level after noise is added: the identity at churn = 0."""
+  require(0 <= churn < math.inf, f'churn must be at least 0 and finite, got {churn}')
+  require(0 <= s_min <= s_max, f's_min and s_max must satisfy 0 <= s_min <= s_max, got {s_min} and {s_max}')
+  require(s_noise > 0, f's_noise must be above 0, got {s_noise}')
+
+  def noisier(x, gamma, level, z):
+    if churn == 0:
+      return x, level
+    # sigma grows and alpha stays. That leaves the path, but a prediction depends on x / alpha and logsnr alone; and
+    # nothing is divided by alpha, which may be 0.
+    low, high = (-2 * math.log(s) if s > 0 else math.inf for s in (s_max, s_min))
+    gamma = jnp.where((level.logsnr >= low) & (level.logsnr <= high), gamma, 0)
+    sigma = level.sigma * (1 + gamma)
+    std = s_noise * level.sigma * jnp.sqrt(gamma * (2 + gamma))  # sqrt(sigma_hat^2 - sigma^2)
+    return x + std * z, Level(level.logsnr - 2 * jnp.log1p(gamma), level.alpha, sigma)
+
+  return noisier
+
+
+def _churned(sampler: Sampler, churn: float, noisier) -> Sampler:
+  """The sampler with gamma as its memory, and with the last level churned before it goes to data."""
+
+  def finish(denoise, x, gamma, last, z):
+    return denoise(*noisier(x, gamma, last, z))
+
+  return sampler._replace(
+      init=lambda x, num_levels: jnp.asarray(min(churn / num_levels, math.sqrt(2) - 1), x.dtype), finish=finish)
+
+
+def euler_ancestral(eta: float = 1.0) -> Sampler:
+  """k-diffusion's ancestral Euler: deterministically to a lower level, then noise up to the next. It is ddim(eta).
+
+  There, on the ve path, sigma_up^2 = eta^2 nxt.sigma^2 (1 - nxt.sigma^2 / cur.sigma^2), which is DDIM's variance, and
+  the deterministic part keeps eps and ends at sqrt(nxt.sigma^2 - sigma_up^2).
+  """
+  return ddim(eta)
+
+
+def lcm() -> Sampler:
+  """Multistep consistency sampling (Song et al. 2023, algorithm 1; Luo et al. 2023, algorithm 3): x0, then new noise.
+
+  The denoiser is the consistency function; `lcm_boundary` makes one of a latent consistency model's network.
+  """
 
   def step(denoise, x, memory, cur, nxt, z):
-    x0 = denoise(x, cur)
-    eps = (x - cur.alpha * x0) / cur.sigma
-    guess = nxt.alpha * x0 + nxt.sigma * eps
-    x0_next = denoise(guess, nxt)
-    eps_next = (guess - nxt.alpha * x0_next) / nxt.sigma
-    return x + (nxt.alpha - cur.alpha) * (x0 + x0_next) / 2 + (nxt.sigma - cur.sigma) * (eps + eps_next) / 2, memory
+    return nxt.alpha * denoise(x, cur) + nxt.sigma * z, memory
 
-  return Sampler(step, calls=2)
+  return Sampler(step)
 
 
-def dpmpp_2m() -> Sampler:
-  """DPM-Solver++(2M) (Lu et al. 2022b, algorithm 2): the last two x0 estimates, extrapolated by half a step."""
+def lcm_boundary(denoise: Denoise, process: Process, timestep_scaling: float = 10.0,
+                 sigma_data: float = 0.5) -> Denoiser:
+  """The consistency function c_skip x + c_out x0 of a latent consistency model (Luo et al. 2023, eq. 9).
+
+  s = timestep_scaling times the step 0 .. T-1 of the chain `process`; c_skip = sigma_data^2 / (s^2 + sigma_data^2) and
+  c_out = s / sqrt(s^2 + sigma_data^2): the identity at step 0, and x0 itself to 1e-5 from step 16 on.
+  """
+  require(process.num_steps > 0, 'the boundary condition of LCM counts the steps of a chain, and the process has none')
+  require(timestep_scaling > 0, f'timestep_scaling must be above 0, got {timestep_scaling}')
+  require(sigma_data > 0, f'sigma_data must be above 0, got {sigma_data}')
+
+  def change(x0, x, level):
+    s = timestep_scaling * process.time(level.logsnr, None) * (process.num_steps - 1)
+    total = s ** 2 + sigma_data ** 2
+    return expand(sigma_data ** 2 / total, x) * x + expand(s / jnp.sqrt(total), x) * x0
+
+  return then(denoise, change)
+
+
+def flow_euler(stochastic: bool = False) -> Sampler:
+  """Euler's method for rectified flows (Esser et al. 2024): a straight step, on the flow path x + dsigma velocity.
+
+  stochastic: x0 is noised afresh for each level instead, as in `lcm`.
+  """
+  return lcm() if stochastic else euler()
+
+
+def predictor_corrector(corrections: int = 1, snr: float = 0.16) -> Sampler:
+  """Predictor-corrector sampling (Song et al. 2021b, algorithms 2-5): an ancestral step, then Langevin's at its level.
+
+  corrections >= 1 steps of size 2 (snr |z| / |score|)^2, with each sample's own norms, so that a sample does not depend
+  on its batch. (Their VP version multiplies the size by 1 - beta_i; without, all paths give the same samples.)
+  """
+  require(corrections >= 1, f'corrections must be at least 1, got {corrections}')
+  require(snr > 0, f'snr must be above 0, got {snr}')
 
   def step(denoise, x, memory, cur, nxt, z):
-    last_x0, last_h = memory
-    x0 = denoise(x, cur)
-    h = nxt.logsnr - cur.logsnr
-    slope = jnp.where(jnp.isinf(last_h), 0.0, h / (2 * last_h))  # infinite before the first step, and after alpha = 0
-    return transfer(x, x0 + slope * (x0 - last_x0), cur, nxt), (x0, h)
+    x, memory = ancestral().step(denoise, x, memory, cur, nxt, z[0])
 
-  return Sampler(step, init=lambda x: (jnp.zeros_like(x), jnp.asarray(jnp.inf, x.dtype)))
+    def correct(x, z):
+      score = (nxt.alpha * denoise(x, nxt) - x) / nxt.sigma ** 2
+      axes = tuple(range(1, x.ndim))
+      size = 2 * snr ** 2 * jnp.sum(z ** 2, axes, keepdims=True) / jnp.sum(score ** 2, axes, keepdims=True)
+      return x + size * score + jnp.sqrt(2 * size) * z, None
 
+    return jax.lax.scan(correct, x, z[1:])[0], memory
+
+  return Sampler(step, calls=1 + corrections, draws=1 + corrections)
