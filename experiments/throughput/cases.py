@@ -24,7 +24,10 @@ class Net:
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-  """net: a key of NETS; work: a key of WORK on each side; sides: the two that are compared, the baseline first."""
+  """net: a key of NETS; work: a key of WORK on each side; sides: the two that are compared, the baseline first.
+
+  The two sides of the overhead are measured by one process; all others have one each.
+  """
   net: str
   work: str
   batch: int
@@ -43,7 +46,7 @@ CASES = {
     'small_sample_64': Case('small', 'sample', 64, '20-step DDIM, 8x8, 0.7M parameters, batch 64'),
     'cifar10_forward': Case('cifar10', 'forward', 8, 'forward pass, 32x32, 35.7M parameters, batch 8'),
     'cifar10_train': Case('cifar10', 'train', 8, 'train step, 32x32, 35.7M parameters, batch 8'),
-    'overhead': Case('', 'digits', 64, 'data and records of a digits run', ('bare', 'loop')),
+    'overhead': Case('', 'overhead', 64, 'data and records of a digits run', ('bare', 'loop')),
 }
 SUITES = {'cpu': tuple(CASES)}
 SAMPLING_STEPS = 20

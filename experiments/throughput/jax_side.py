@@ -1,17 +1,15 @@
-"""Our side: what the commands run, with the devices that they choose. Also both sides of the overhead."""
+"""Our side: what the commands run, with the devices that they choose; and the overhead of the train loop."""
 import itertools
-import json
 import pathlib
-import struct
 import sys
 import tempfile
 import time
 from collections.abc import Iterable
 from typing import Any
+from unittest import mock
 
 import jax
 import numpy as np
-from tensorboardX.proto import event_pb2
 
 from configs import digits
 from diffusion_jax import model as model_lib
@@ -136,47 +134,43 @@ def digits_config(steps: int) -> Config:
   return config
 
 
-def bare(case: Case) -> Prepared:
-  """The compiled step of the digits config again and again on one batch: no data, no records."""
-  trainer = Trainer(digits_config(LOG_STEPS))
-  batch = next(trainer.calls)
-  return _prepared(trainer.state.params, lambda k: trainer(itertools.repeat(batch, k)), trainer.compile_seconds,
-                   trainer.mesh)
+def overhead(case: Case) -> Prepared:
+  """run(k): one train.train run of the digits config, in which k intervals between records take turns with as many
+  bare steps.
 
-
-def loop(case: Case) -> Prepared:
-  """Whole runs of train.train on the digits config; a run's time is that between its first record and its last.
-
-  The clock is the wall's, as the event file notes it with each record. The seconds in metrics.jsonl will not do:
-  train.py stops its own clock while it writes records, and they are part of what is asked for here.
+  Both are measured in one process and seconds apart: on a shared machine, the difference between two processes or two
+  minutes is larger than what is asked for. The loop waits for its next batch while the bare steps run.
   """
-  sharding.use_cpu_cores(case.batch)
+  trainer = Trainer(digits_config(LOG_STEPS))
+  same = next(trainer.calls)
 
   def run(k):
-    if k % LOG_STEPS:
-      return None  # each run begins with an interval that is not counted: it needs no warm-up
-    with tempfile.TemporaryDirectory() as folder:
-      workdir = pathlib.Path(folder)
-      train_lib.train(digits_config(LOG_STEPS + k), workdir)
-      times = record_times(next(workdir.glob('events.out.tfevents.*')))
-      sizes[:] = [json.loads((workdir / 'run.json').read_text())['parameters']]
-    return {'seconds': (times[-1] - times[0]) / k, 'cpu_seconds': None}
+    times = {'bare': [], 'loop': []}
 
-  sizes = []
-  run(LOG_STEPS)
-  mesh = sharding.make_mesh()
-  return _prepared([], run, 0.0, mesh)._replace(sizes=sizes)
+    class Batches(train_lib.Batches):
+      def __call__(self, start, stop):
+        clock, since = lambda: np.array([time.perf_counter(), time.process_time()]), None
+
+        def note(side):
+          times[side].append(((clock() - since) / LOG_STEPS).tolist())
+
+        for i, batch in enumerate(super().__call__(start, stop)):
+          if i and i % LOG_STEPS == 0:  # the record of the interval before is written; nothing is in flight
+            if since is not None:
+              note('loop')
+            since = clock()
+            trainer(itertools.repeat(same, LOG_STEPS))
+            note('bare')
+            since = clock()
+          yield batch
+        note('loop')
+
+    with tempfile.TemporaryDirectory() as folder, mock.patch.object(train_lib, 'Batches', Batches):
+      # The first interval is not counted: the step is compiled after its first batch.
+      train_lib.train(digits_config(LOG_STEPS * (1 + k)), pathlib.Path(folder))
+    return times
+
+  return _prepared(trainer.state.params, run, trainer.compile_seconds, trainer.mesh)
 
 
-def record_times(path: pathlib.Path) -> list[float]:
-  """When each record was written, from an event file: length 8 bytes, checksum 4, event, checksum 4, and so on."""
-  data, at, times = path.read_bytes(), 0, []
-  while at < len(data):
-    length, = struct.unpack_from('<Q', data, at)
-    event = event_pb2.Event.FromString(data[at + 12:at + 12 + length])
-    times += [event.wall_time for value in event.summary.value if value.tag == 'loss']
-    at += 16 + length
-  return times
-
-
-WORK = {'train': train, 'sample': sample, 'forward': forward, 'bare': bare, 'loop': loop}
+WORK = {'train': train, 'sample': sample, 'forward': forward, 'overhead': overhead}

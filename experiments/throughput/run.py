@@ -21,7 +21,6 @@ RESULTS = pathlib.Path(__file__).parent / 'results'
 BASELINE_NEEDS = ('torch', 'diffusers')
 ROUNDS, ROUND_SECONDS = 20, 2.0
 QUICK_ROUNDS, QUICK_SECONDS = 5, 0.5
-OVERHEAD_STEPS, QUICK_OVERHEAD_STEPS = 300, 100  # a whole number of records, of 50 steps each
 
 
 class WorkerDied(UserError):
@@ -81,33 +80,35 @@ def interleave(workers: Sequence[Worker], rounds: int, iterations: int) -> list[
 
 def check_equal(name: str, sides: Sequence[str], ready: Sequence[dict[str, Any]]) -> None:
   """UserError unless both sides have the same network."""
-  if CASES[name].work == 'digits':  # the loop's record knows only how many, and both sides are ours
-    equal = sum(ready[0]['sizes']) == sum(ready[1]['sizes'])
-  else:
-    equal = cases.shapes_agree(ready[0]['sizes'], ready[1]['sizes'])
-  if not equal:
+  if not cases.shapes_agree(ready[0]['sizes'], ready[1]['sizes']):
     raise WorkerDied(f'{name}: the two networks differ: {sides[0]} has {cases.count(ready[0]["sizes"])} parameters '
                      f'and {sides[1]} {cases.count(ready[1]["sizes"])}, or in arrays of other sizes')
 
 
 def measure(name: str, case: Case, rounds: int, quick: bool) -> dict[str, Any]:
   """The record of one case."""
-  load = os.getloadavg()[0]
+  load, overhead = os.getloadavg()[0], case.work == 'overhead'
   with contextlib.ExitStack() as stack:
     cache, workers = stack.enter_context(tempfile.TemporaryDirectory()), []
-    for side in case.sides:
-      workers.append(Worker(side, name, cache))
+    for side in case.sides[1:] if overhead else case.sides:
+      workers.append(Worker('jax' if overhead else side, name, cache))
       stack.callback(workers[-1].close)
     # One after the other: a side only imports its libraries before it is asked.
     ready = [worker.ask('warm_up') for worker in workers]
-    check_equal(name, case.sides, ready)
-    if case.work == 'digits':
-      iterations = QUICK_OVERHEAD_STEPS if quick else OVERHEAD_STEPS
+    if overhead:
+      iterations, ready = 1, ready * 2
+      answers = split(workers[0].ask('measure', iterations=rounds), case.sides)
     else:
+      check_equal(name, case.sides, ready)
       slowest = max(worker.ask('measure', iterations=1)['seconds'] for worker in workers)
       iterations = max(1, round((QUICK_SECONDS if quick else ROUND_SECONDS) / slowest))
-    answers = interleave(workers, rounds, iterations)
+      answers = interleave(workers, rounds, iterations)
   return record(name, case, ready, answers, {'rounds': rounds, 'iterations': iterations, 'quick': quick, 'load': load})
+
+
+def split(answer: dict[str, Any], sides: Sequence[str]) -> list[list[dict[str, Any]]]:
+  """The answer of a process that measured both sides, as two processes would have given it."""
+  return [[{**answer, 'seconds': wall, 'cpu_seconds': cpu} for wall, cpu in answer[side]] for side in sides]
 
 
 def record(name: str, case: Case, ready: Sequence[dict], answers: Sequence[Sequence[dict]],
@@ -115,8 +116,9 @@ def record(name: str, case: Case, ready: Sequence[dict], answers: Sequence[Seque
   """What is kept of a case: times in ms, one per round, and all that follows from them."""
   times = [[1e3 * a['seconds'] for a in side] for side in answers]
   cpu = [[1e3 * a['cpu_seconds'] for a in side if a['cpu_seconds'] is not None] for side in answers]
-  low, high = stats.interval(*times)
-  overhead = case.work == 'digits'
+  overhead = case.work == 'overhead'
+  ratio = (stats.paired_ratio if overhead else stats.ratio)(*times)
+  low, high = (stats.paired_interval if overhead else stats.interval)(*times)
   sides = {}
   for i, side in enumerate(case.sides):
     sides[side] = {
@@ -127,8 +129,8 @@ def record(name: str, case: Case, ready: Sequence[dict], answers: Sequence[Seque
   return {
       'case': name, 'about': case.about, 'device': cases.device(), 'cores': cases.cores(), 'time': log.now(),
       'git_revision': log.git_revision(), **settings, 'parameters': sum(ready[0]['sizes']),
-      'ratio': stats.ratio(*times), 'interval': [low, high],
-      'share_percent': stats.share_percent(stats.ratio(*times)) if overhead else None,
+      'ratio': ratio, 'interval': [low, high],
+      'share_percent': stats.share_percent(ratio) if overhead else None,
       'verdict': (stats.overhead_verdict if overhead else stats.verdict)(*times), 'sides': sides}
 
 

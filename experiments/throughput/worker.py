@@ -62,7 +62,7 @@ def peak_bytes() -> int:
 def main() -> None:
   """Prepares on the first request, and measures on demand."""
   p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-  p.add_argument('--side', required=True, choices=('jax', 'torch', 'bare', 'loop'))
+  p.add_argument('--side', required=True, choices=('jax', 'torch'))
   p.add_argument('--case', required=True, choices=list(cases.CASES))
   flags = p.parse_args()
   # Answers go to a copy of standard output; whatever libraries print goes to standard error.
@@ -75,7 +75,7 @@ def main() -> None:
   for line in sys.stdin:
     request = json.loads(line)
     if prepared is None:
-      prepared = module.WORK[flags.side if case.work == 'digits' else case.work](case)
+      prepared = module.WORK[case.work](case)
       prepared.run(WARM_UP_ITERATIONS)
     if request['do'] == 'warm_up':
       answer = {k: v for k, v in prepared._asdict().items() if k != 'run'}
