@@ -1,35 +1,43 @@
 """Laws of every target, on every path."""
+import pathlib
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffusion_jax.core import diffusion, levels, losses, schedules, targets
+from diffusion_jax.core import chain, diffusion, levels, schedules, targets
 
+FIXTURES = pathlib.Path(__file__).parent / 'fixtures'
 TARGETS = {name: getattr(targets, name)() for name in targets.__all__}
-WEIGHTS = {name: getattr(losses, name)() for name in losses.__all__}
 every_target = pytest.mark.parametrize('target', TARGETS.values(), ids=TARGETS.keys())
 every_path = pytest.mark.parametrize('path', schedules.PATHS, ids=lambda path: path.name)
-LOGSNR = jnp.asarray([-8.0, -2.0, 0.0, 3.0, 8.0])
+LOGSNR = np.array([-8.0, -2.0, 0.0, 3.0, 8.0])
 
 
-def example(path, key=0):
-  x0, eps = jax.random.normal(jax.random.key(key), (2, len(LOGSNR), 4, 4, 3))
-  level = path.level(LOGSNR)
+def example(path, logsnr=LOGSNR, dtype=jnp.float32):
+  x0, eps = np.random.default_rng(0).standard_normal((2, len(logsnr), 4, 4, 3))
+  level = path.level(jnp.asarray(logsnr, dtype))
+  x0, eps = jnp.asarray(x0, dtype), jnp.asarray(eps, dtype)
   return x0, eps, level, diffusion.add_noise(x0, eps, level)
+
+
+def invert(target, level, x, F):
+  _, c_skip, c_out = (c.reshape(-1, 1, 1, 1) for c in target.coeffs(level))
+  return c_skip * x + c_out * F
 
 
 @every_path
 @every_target
 def test_coefficients_invert_the_target(target, path):
+  @jax.jit
+  def back(x0, eps, level, x):
+    return invert(target, level, x, target.of(x0, eps, level))
+
   with jax.enable_x64(True):
-    x0, eps, level, x = example(path._replace())
-    level = path.level(LOGSNR.astype(jnp.float64))
-    x0, eps = x0.astype(jnp.float64), eps.astype(jnp.float64)
-    x = diffusion.add_noise(x0, eps, level)
-    _, c_skip, c_out = target.coeffs(level)
-    back = c_skip[:, None, None, None] * x + c_out[:, None, None, None] * target.of(x0, eps, level)
-    np.testing.assert_allclose(back, x0, rtol=1e-9, atol=1e-9)
+    x0, eps, level, x = example(path, dtype=jnp.float64)
+    np.testing.assert_allclose(back(x0, eps, level, x), x0, rtol=1e-9, atol=1e-9)
 
 
 @every_target
@@ -41,69 +49,144 @@ def test_prediction_does_not_depend_on_the_path(target):
     process = schedules.on_path(schedules.linear(), path.name)
     denoise = diffusion.denoiser(net, diffusion.Diffusion(process, target, diffusion.log_sigma()))
     _, _, level, x = example(path)
-    results.append(denoise(x, level))
+    results.append(jax.jit(denoise)(x, level))
   for other in results[1:]:
     np.testing.assert_allclose(other, results[0], rtol=2e-4, atol=2e-4)
 
 
-def loss(net, x0, model, weight=WEIGHTS['simple']):
-  """The losses of x0 at uniform times, and the levels."""
-  level = levels.uniform()(jax.random.key(1), len(x0), model.process, None)
-  eps = jax.random.normal(jax.random.key(2), x0.shape)
-  return diffusion.loss(net, x0, eps, level, model, weight), level
+@every_target
+def test_where_there_is_no_signal_x0_is_exact_or_infinitely_uncertain(target):
+  """At alpha = 0 what the net sees and what it learns are finite; of x0 it tells all, or (eps, score) nothing."""
+  for path in (schedules.vp, schedules.flow):
+    x0, eps, level, x = example(path, [-np.inf])
+    F = target.of(x0, eps, level)
+    c_in, c_skip, c_out = target.coeffs(level)
+    assert np.isfinite(c_in).all() and np.isfinite(F).all()
+    if np.isfinite(c_skip):
+      # Where F does not depend on x0 there, as v's does, c_out |F - of| is the error of x0 still.
+      np.testing.assert_allclose(invert(target, level, x, F), x0, rtol=1e-5, atol=1e-5)
+    else:
+      assert np.isinf(c_skip) and np.isinf(c_out)
+      assert np.array_equal(F, target.of(0 * x0, eps, level))
 
 
-def oracle_error(target, process, error=0.1):
-  """A network whose x0 is wrong by `error` everywhere, whatever it predicts."""
-  x0 = jax.random.normal(jax.random.key(1), (64, 4, 4, 3))
-
-  def net(c_x, noise):
-    level = process.level(process.time(-2 * noise, None))
-    c_in, c_skip, c_out = (c[:, None, None, None] for c in target.coeffs(level))
-    return (x0 + error - c_skip * (c_x / c_in)) / c_out
-
-  return net, x0
+def test_eps_and_score_alone_need_signal():
+  level = schedules.vp.level(jnp.asarray(-jnp.inf))
+  assert {name for name, target in TARGETS.items() if not np.isfinite(target.coeffs(level)).all()} == {'eps', 'score'}
 
 
-@pytest.mark.parametrize('weight', WEIGHTS.values(), ids=WEIGHTS.keys())
-def test_loss_does_not_depend_on_the_target(weight):
-  """One weight, one loss: the error of x0 alone counts."""
-  process = schedules.cosine_continuous(-4, 4)
-  for target in TARGETS.values():
-    net, x0 = oracle_error(target, process)
-    model = diffusion.Diffusion(process, target, diffusion.log_sigma(1.0))
-    value, level = loss(net, x0, model, weight)
-    np.testing.assert_allclose(value, weight(level) * 0.01, rtol=1e-3)
+def test_mu_is_the_posterior_mean_of_ddpm():
+  """Ho et al. 2020, eq. 7, from the betas alone; the first step's is the data."""
+  process = schedules.linear(50)
+  with jax.enable_x64(True):
+    target = targets.on(targets.mu(), process)
+    level = process.level(jnp.arange(50) / 49)
+    one, none = jnp.ones((50, 1)), jnp.zeros((50, 1))
+    of_x0, of_eps = (np.asarray(target.of(*parts, level))[:, 0] for parts in ((one, none), (none, one)))
+  beta = schedules.betas(process, 50)
+  bar = np.cumprod(1 - beta)
+  before = np.r_[1, bar[:-1]]
+  k = np.sqrt(1 - beta) * (1 - before) / (1 - bar)
+  np.testing.assert_allclose(of_x0, np.sqrt(before) * beta / (1 - bar) + k * np.sqrt(bar), rtol=1e-10)
+  np.testing.assert_allclose(of_eps, k * np.sqrt(1 - bar), rtol=1e-10)
+  assert of_x0[0] == pytest.approx(1) and of_eps[0] == 0
 
 
-def test_zero_predictor_of_eps_loses_one():
-  """E|eps|^2 = 1 per element; the mean of n squares of a normal has standard error sqrt(2 / n)."""
-  x0 = jax.random.normal(jax.random.key(0), (512, 8, 8, 3))
-  model = diffusion.Diffusion(schedules.linear(), targets.eps(), diffusion.timestep())
-  value, _ = loss(lambda x, noise: jnp.zeros_like(x), x0, model)
-  assert abs(float(value.mean()) - 1) < 3 * np.sqrt(2 / x0.size)
-
-
-def test_exact_denoiser_of_a_normal_reaches_the_closed_form():
-  """For x0 ~ N(0, s^2), E|x0 - E[x0|x]|^2 = s^2 sigma^2 / (alpha^2 s^2 + sigma^2); L_simple weighs it by SNR."""
-  s = 0.5
+def test_mu_in_continuous_time_takes_the_given_step():
   process = schedules.cosine_continuous(-6, 6)
-  x0 = s * jax.random.normal(jax.random.key(0), (4096, 8, 8, 1))
+  level = process.level(jnp.asarray([0.5]))
+  np.testing.assert_allclose(chain.previous(process, level, num_steps=4).logsnr, process.logsnr(jnp.asarray([0.25])),
+                             rtol=1e-5)
+  with pytest.raises(ValueError, match='num_steps must be at least 1, got 0'):
+    targets.mu(0)
 
-  def net(x, noise):
-    level = process.level(process.time(-2 * noise, None))
-    a, b = (c[:, None, None, None] for c in (level.alpha, level.sigma))
-    return a * s ** 2 / (a ** 2 * s ** 2 + b ** 2) * x
 
-  model = diffusion.Diffusion(process, targets.x0(), diffusion.log_sigma(1.0))
-  value, level = loss(net, x0, model)
-  expected = jnp.exp(level.logsnr) * s ** 2 * level.sigma ** 2 / (level.alpha ** 2 * s ** 2 + level.sigma ** 2)
-  # Each example's mean of 64 squares has a relative standard error of sqrt(2 / 64).
-  ratio = value / expected
-  assert abs(float(ratio.mean()) - 1) < 4 * np.sqrt(2 / x0.size)
+@every_path
+def test_score_is_the_gradient_of_the_log_density(path):
+  """d/dx log N(x; alpha x0, sigma^2), in the variance-preserving scale whatever the path."""
+  with jax.enable_x64(True):
+    x0, eps, level, _ = example(path, dtype=jnp.float64)
+    vp = schedules.vp.level(level.logsnr)
+    a, s = (c.reshape(-1, 1, 1, 1) for c in (vp.alpha, vp.sigma))
+    gradient = jax.grad(lambda x: jnp.sum(-0.5 * ((x - a * x0) / s) ** 2))(a * x0 + s * eps)
+    np.testing.assert_allclose(targets.score().of(x0, eps, level), gradient, rtol=1e-9)
+
+
+@pytest.mark.parametrize(('name', 'path'), [('v', schedules.vp), ('velocity', schedules.flow)])
+def test_velocities_are_derivatives_along_the_path(name, path):
+  """v is dx/d(angle) with alpha = cos, velocity dx/d(sigma) with alpha = 1 - sigma: central differences."""
+  with jax.enable_x64(True):
+    x0, eps, level, _ = example(path, dtype=jnp.float64)
+    place = (jnp.arcsin(level.sigma) if name == 'v' else level.sigma).reshape(-1, 1, 1, 1)
+    x = lambda p: (jnp.cos(p) * x0 + jnp.sin(p) * eps) if name == 'v' else (1 - p) * x0 + p * eps
+    slope = (x(place + 1e-5) - x(place - 1e-5)) / 2e-5
+    np.testing.assert_allclose(TARGETS[name].of(x0, eps, level), slope, rtol=1e-6, atol=1e-7)
+
+
+@every_path
+@pytest.mark.parametrize('sigma_data', [0.5, 1.3])
+def test_edm_sees_and_predicts_unit_variance(path, sigma_data):
+  """What defines EDM's coefficients (Karras et al. 2022, appendix B.6), for x0 of variance sigma_data^2."""
+  target, level = targets.edm(sigma_data), path.level(jnp.asarray(LOGSNR))
+  c_in, _, _ = target.coeffs(level)
+  np.testing.assert_allclose(c_in ** 2 * (level.alpha ** 2 * sigma_data ** 2 + level.sigma ** 2), 1, rtol=1e-5)
+  one, none = jnp.ones((5, 1)), jnp.zeros((5, 1))
+  variance = sigma_data ** 2 * target.of(one, none, level) ** 2 + target.of(none, one, level) ** 2
+  np.testing.assert_allclose(variance, 1, rtol=1e-5)
+
+
+@pytest.mark.parametrize(('peer', 'target'), [('EDMPrecond', 'edm'), ('VPPrecond', 'eps')])
+def test_coefficients_are_those_of_edms_code(peer, target):
+  """Their c_skip at sigma = 80 is off by 2e-9, ours is 0.25 / 6400.25 to float32."""
+  table = np.load(FIXTURES / 'edm.npz', allow_pickle=False)
+  sigma = jnp.asarray(table['precond/sigma'])
+  level = schedules.ve.level(-2 * jnp.log(sigma))
+  for name, ours in zip(('c_in', 'c_skip', 'c_out'), TARGETS[target].coeffs(level), strict=True):
+    np.testing.assert_allclose(ours, table[f'precond/{peer}/{name}'], rtol=1e-5, atol=3e-9, err_msg=name)
+  if peer == 'EDMPrecond':
+    noise = diffusion.log_sigma()(None, level)
+    np.testing.assert_allclose(noise, table[f'precond/{peer}/c_noise'], rtol=1e-5, atol=1e-7)
 
 
 def test_timestep_is_ddpms_step_index():
   process = schedules.linear()
   grid = levels.timesteps()(process, 1000)
   np.testing.assert_allclose(diffusion.timestep()(process, grid), np.arange(1000)[::-1], rtol=2e-7)
+
+
+def test_a_denoiser_carries_the_variance_output():
+  """A net of 2 C channels: the first half is F, the second passes through; another number is refused."""
+  model = diffusion.Diffusion(schedules.linear(), targets.x0(), diffusion.log_sigma())
+  x, level = jnp.ones((2, 4, 4, 3)), schedules.vp.level(jnp.zeros(2))
+  net = lambda times: lambda x, noise: jnp.concatenate([(i + 1) * x for i in range(times)], -1)
+  x0, variance = diffusion.denoiser(net(2), model).both(x, level)
+  np.testing.assert_allclose(x0, x)
+  np.testing.assert_allclose(variance, 2 * x)
+  assert diffusion.denoiser(net(1), model).both(x, level)[1] is None
+  with pytest.raises(ValueError, match=r'must return 3 channels, or twice as many .* got 9'):
+    diffusion.denoiser(net(3), model)(x, level)
+
+
+def test_the_posterior_is_bayes_rule():
+  """q(x_s | x_t, x0) from the joint normal of x_s and x_t given x0, on every path."""
+  with jax.enable_x64(True):
+    for path in schedules.PATHS:
+      cur, nxt = (path.level(jnp.asarray(l, jnp.float64)) for l in (-1.5, 0.7))
+      k0, k, variance = chain.posterior(cur, nxt)
+      # x_t = a x_s + noise of variance q; the covariance of the two given x0 is a sigma_s^2.
+      a = cur.alpha / nxt.alpha
+      gain = a * nxt.sigma ** 2 / cur.sigma ** 2
+      np.testing.assert_allclose(k, gain, rtol=1e-12)
+      np.testing.assert_allclose(k0, nxt.alpha - gain * cur.alpha, rtol=1e-12)
+      np.testing.assert_allclose(variance, nxt.sigma ** 2 * (1 - gain * a), rtol=1e-12)
+      small, large = chain.log_bounds(cur, nxt)
+      np.testing.assert_allclose(np.exp(small), variance, rtol=1e-12)
+      np.testing.assert_allclose(np.exp(large), cur.sigma ** 2 - a ** 2 * nxt.sigma ** 2, rtol=1e-12)
+
+
+def test_the_level_before_a_step_is_the_chains():
+  process = replace(schedules.linear(20), path=schedules.flow)
+  level = process.level(jnp.arange(20) / 19)
+  before = chain.previous(process, level)
+  np.testing.assert_allclose(before.logsnr[1:], level.logsnr[:-1], rtol=1e-5)
+  assert (before.logsnr[0], before.alpha[0], before.sigma[0]) == (np.inf, 1, 0)

@@ -20,7 +20,7 @@ def previous(process: Process, level: Level, params: Params = None, num_steps: i
 
   A step is the chain's own, or 1 / num_steps where the process runs in continuous time.
   """
-  t = process.time(level.logsnr, params)
+  t = process.time(*jax.lax.stop_gradient((level.logsnr, params)))  # drawn, not learned
   if process.num_steps:
     last = process.num_steps - 1
     t = (jnp.round(t * last) - 1) / last
