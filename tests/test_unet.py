@@ -1,4 +1,4 @@
-"""Layers against plain formulas, the U-Net against DDPM's published sizes and against diffusers' UNet2DModel."""
+"""The U-Net against DDPM's published sizes and against diffusers' UNet2DModel."""
 import functools
 import itertools
 import math
@@ -13,39 +13,16 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+from nets import filled, jit, normal, shapes_of
 from safetensors.numpy import load_file
 
-from diffusion_jax.nets import codecs, layers
+from diffusion_jax.nets import layers
 from diffusion_jax.nets.unet import SelfAttention, UNet, upsample
 from diffusion_jax.runtime import sharding
 
 FIXTURE = pathlib.Path(__file__).parent / 'fixtures' / 'unet2d_ddpm_cifar10'
 SMALL = functools.partial(UNet, channels=8, multipliers=(1, 2), blocks=1, attention=(4,), dropout=0.0, groups=4,
                           num_classes=3)
-# What is run here is run once: its compilation takes longer than slow code.
-jit = functools.partial(jax.jit, compiler_options={'xla_backend_optimization_level': 0})
-SPACES = [(7,), (6,), (5, 4), (3, 4, 5)]
-
-
-def shapes_of(net, x_shape):
-  """The shapes of the net's parameters, without computing any."""
-  cond = {'label': jax.ShapeDtypeStruct(x_shape[:1], jnp.int32)}
-  x, noise = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in (x_shape, x_shape[:1]))
-  return jax.eval_shape(net.init, jax.random.key(0), x, noise, cond)['params']
-
-
-def filled(shapes, seed=0):
-  """Parameters of a net that is not at its initialisation: nothing is zero, and signals keep their size."""
-  rng = np.random.default_rng(seed)
-  def fill(path, leaf):
-    noise = rng.standard_normal(leaf.shape) / math.sqrt(max(math.prod(leaf.shape[:-1]), 1))
-    return jnp.asarray(1 + 0.1 * noise if path[-1].key == 'scale' else noise, jnp.float32)
-  return jax.tree_util.tree_map_with_path(fill, shapes)
-
-
-def normal(*shape, seed=1):
-  return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
-
 
 # The whole network
 
@@ -191,50 +168,6 @@ def test_bad_arguments_are_named_with_both_values(make, words):
     make()
 
 
-# Layers
-
-
-@pytest.mark.parametrize('dim', [4, 32, 33, 128])
-def test_embedding_closed_form(dim):
-  noise, half = np.array([0.0, 1.0, 17.25, 999.0]), dim // 2
-  expected = np.zeros((4, dim))
-  for k in range(half):
-    frequency = 10_000 ** (-k / (half - 1))
-    expected[:, k], expected[:, half + k] = np.sin(noise * frequency), np.cos(noise * frequency)
-  np.testing.assert_allclose(layers.timestep_embedding(jnp.asarray(noise), dim), expected, atol=2e-4)
-
-
-@pytest.mark.parametrize('space', SPACES)
-@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
-def test_group_norm_is_the_two_pass_formula(space, dtype):
-  x = jnp.asarray(3 + 2 * normal(2, *space, 6), dtype)
-  net = layers.GroupNorm(3)
-  params = {'scale': normal(6, seed=2), 'bias': normal(6, seed=3)}
-  groups = np.asarray(x, np.float64).reshape(2, -1, 3, 2)
-  mean = groups.mean((1, 3), keepdims=True)
-  variance = ((groups - mean) ** 2).mean((1, 3), keepdims=True)
-  expected = ((groups - mean) / np.sqrt(variance + 1e-6)).reshape(x.shape) * params['scale'] + params['bias']
-  out = jit(net.apply)({'params': params}, x)
-  assert out.dtype == dtype
-  np.testing.assert_allclose(np.asarray(out, np.float64), expected, **(
-      {'atol': 1e-5} if dtype == 'float32' else {'rtol': 2 ** -8, 'atol': 1e-5}))  # the statistics are float32 in both
-
-
-@pytest.mark.parametrize('space', SPACES)
-@pytest.mark.parametrize('size', [1, 3])
-@pytest.mark.parametrize('stride', [1, 2])
-def test_conv_is_a_correlation(space, size, stride):
-  """Of windows with the kernel. TensorFlow's SAME: at stride 2 an even axis is padded behind, an odd one around."""
-  net, x, dims = layers.Conv(2, size, stride), normal(2, *space, 3), len(space)
-  params = filled(jax.eval_shape(net.init, jax.random.key(0), x)['params'])
-  pad = [(0, 0) if size == 1 else (0, 1) if stride == 2 and n % 2 == 0 else (1, 1) for n in space]
-  padded = np.pad(x.astype(np.float64), [(0, 0), *pad, (0, 0)])
-  windows = np.lib.stride_tricks.sliding_window_view(padded, (size,) * dims, tuple(range(1, dims + 1)))
-  windows = windows[(slice(None), *(slice(None, None, stride),) * dims)]  # [B, *S', C, *kernel]
-  expected = np.tensordot(windows, np.moveaxis(params['kernel'], -2, 0), dims + 1) + params['bias']
-  np.testing.assert_allclose(jit(net.apply)({'params': params}, x), expected, atol=1e-5)
-
-
 @pytest.mark.parametrize('space', [(6,), (2, 3)])
 def test_attention_closed_form_and_order_of_positions(space):
   """Softmax(Q K' C^-1/2) V over all positions, whatever their arrangement; so permuting them permutes the output."""
@@ -259,37 +192,6 @@ def test_upsample_repeats_every_element():
 
 
 # bfloat16
-
-
-PRODUCTS = {'dot': (layers._dot, layers._dot_kernel_grad, (2, 5, 3), (3, 4))} | {
-    f'conv, stride {stride}, size {size}, {space}': (
-        functools.partial(layers._conv, stride=stride),
-        functools.partial(layers._conv_kernel_grad, stride=stride, size=size),
-        (2, *space, 3), (size,) * len(space) + (3, 4))
-    for stride, size, space in itertools.product((1, 2), (1, 3), SPACES)}
-
-
-@pytest.fixture(scope='module')
-def gradients():
-  """{product: (gradients by the handwritten rule, gradients by JAX)} of x, kernel and bias, all in one program."""
-  def of(affine, x, kernel, bias):
-    out, pull = jax.vjp(affine, x, kernel, bias)
-    return pull(jnp.sin(jnp.arange(out.size, dtype=out.dtype)).reshape(out.shape))
-  arguments = {name: (normal(*x), normal(*kernel, seed=2), normal(4, seed=3))
-               for name, (_, _, x, kernel) in PRODUCTS.items()}
-  def both(arguments):
-    return {name: (of(functools.partial(layers._low_precision, product, kernel_grad, jnp.dtype('float32')),
-                      *arguments[name]),
-                   of(lambda x, kernel, bias, product=product: product(x, kernel) + bias, *arguments[name]))
-            for name, (product, kernel_grad, _, _) in PRODUCTS.items()}
-  return jit(both)(arguments)
-
-
-@pytest.mark.parametrize('name', PRODUCTS)
-def test_handwritten_gradients_are_jaxs(gradients, name):
-  for handwritten, jaxs in zip(*gradients[name], strict=True):
-    assert handwritten.shape == jaxs.shape and np.abs(jaxs).max() > 0.1
-    np.testing.assert_allclose(handwritten, jaxs, atol=1e-5, rtol=1e-5)
 
 
 def loss_of(net):
@@ -357,17 +259,3 @@ def test_devices_sum_gradients_in_float32(tmp_path):
 
 def test_a_plain_cast_would_sum_gradients_in_bfloat16(tmp_path):
   assert 'bf16' in reduced_types(Naive(), tmp_path)
-
-
-# The codec
-
-
-def test_pixels_round_trip_and_clip():
-  codec, images = codecs.Pixels(), jnp.arange(256, dtype=jnp.uint8).reshape(1, 16, 16, 1)
-  x = codec.encode(images)
-  assert x.dtype == jnp.float32 and (x.min(), x.max()) == (-1, 1)
-  np.testing.assert_array_equal(codec.decode(x), images)
-  np.testing.assert_array_equal(codec.decode(x + 0.49 / 127.5), images)  # to the nearest
-  np.testing.assert_array_equal(codec.decode(jnp.array([-1e9, -1.1, -1, 1, 1.1, 1e9, jnp.inf])),
-                                [0, 0, 0, 255, 255, 255, 255])
-  assert codec.decode(x).dtype == jnp.uint8

@@ -1,0 +1,31 @@
+"""What tests of networks share: parameters without initialisation, and programs compiled quickly."""
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+# What is run here is run once: its compilation takes longer than slow code.
+jit = functools.partial(jax.jit, compiler_options={'xla_backend_optimization_level': 0})
+SPACES = [(7,), (6,), (5, 4), (3, 4, 5)]
+
+
+def shapes_of(net, x_shape):
+  """The shapes of the net's parameters, without computing any."""
+  cond = {'label': jax.ShapeDtypeStruct(x_shape[:1], jnp.int32)}
+  x, noise = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in (x_shape, x_shape[:1]))
+  return jax.eval_shape(net.init, jax.random.key(0), x, noise, cond)['params']
+
+
+def filled(shapes, seed=0):
+  """Parameters of a net that is not at its initialisation: nothing is zero, and signals keep their size."""
+  rng = np.random.default_rng(seed)
+  def fill(path, leaf):
+    noise = rng.standard_normal(leaf.shape) / math.sqrt(max(math.prod(leaf.shape[:-1]), 1))
+    return jnp.asarray(1 + 0.1 * noise if path[-1].key == 'scale' else noise, jnp.float32)
+  return jax.tree_util.tree_map_with_path(fill, shapes)
+
+
+def normal(*shape, seed=1):
+  return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)

@@ -1,0 +1,121 @@
+"""Layers against plain formulas, and gradients written by hand against JAX's."""
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from nets import SPACES, filled, jit, normal
+
+from diffusion_jax.nets import codecs, layers
+
+
+@pytest.mark.parametrize('dim', [4, 32, 33, 128])
+def test_embedding_closed_form(dim):
+  noise, half = np.array([0.0, 1.0, 17.25, 999.0]), dim // 2
+  expected = np.zeros((4, dim))
+  for k in range(half):
+    frequency = 10_000 ** (-k / (half - 1))
+    expected[:, k], expected[:, half + k] = np.sin(noise * frequency), np.cos(noise * frequency)
+  np.testing.assert_allclose(layers.timestep_embedding(jnp.asarray(noise), dim), expected, atol=2e-4)
+
+
+@pytest.mark.parametrize('space', SPACES)
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+def test_group_norm_is_the_two_pass_formula(space, dtype):
+  x = jnp.asarray(3 + 2 * normal(2, *space, 6), dtype)
+  net = layers.GroupNorm(3)
+  params = {'scale': normal(6, seed=2), 'bias': normal(6, seed=3)}
+  groups = np.asarray(x, np.float64).reshape(2, -1, 3, 2)
+  mean = groups.mean((1, 3), keepdims=True)
+  variance = ((groups - mean) ** 2).mean((1, 3), keepdims=True)
+  expected = ((groups - mean) / np.sqrt(variance + 1e-6)).reshape(x.shape) * params['scale'] + params['bias']
+  out = jit(net.apply)({'params': params}, x)
+  assert out.dtype == dtype
+  np.testing.assert_allclose(np.asarray(out, np.float64), expected, **(
+      {'atol': 1e-5} if dtype == 'float32' else {'rtol': 2 ** -8, 'atol': 1e-5}))  # the statistics are float32 in both
+
+
+@pytest.mark.parametrize('space', SPACES)
+@pytest.mark.parametrize('size', [1, 3])
+@pytest.mark.parametrize('stride', [1, 2])
+def test_conv_is_a_correlation(space, size, stride):
+  """Of windows with the kernel. TensorFlow's SAME: at stride 2 an even axis is padded behind, an odd one around."""
+  net, x, dims = layers.Conv(2, size, stride), normal(2, *space, 3), len(space)
+  params = filled(jax.eval_shape(net.init, jax.random.key(0), x)['params'])
+  pad = [(0, 0) if size == 1 else (0, 1) if stride == 2 and n % 2 == 0 else (1, 1) for n in space]
+  padded = np.pad(x.astype(np.float64), [(0, 0), *pad, (0, 0)])
+  windows = np.lib.stride_tricks.sliding_window_view(padded, (size,) * dims, tuple(range(1, dims + 1)))
+  windows = windows[(slice(None), *(slice(None, None, stride),) * dims)]  # [B, *S', C, *kernel]
+  expected = np.tensordot(windows, np.moveaxis(params['kernel'], -2, 0), dims + 1) + params['bias']
+  np.testing.assert_allclose(jit(net.apply)({'params': params}, x), expected, atol=1e-5)
+
+
+# Gradients
+
+
+PRODUCTS = {'dot': (layers._dot, layers._dot_kernel_grad, (2, 5, 3), (3, 4))} | {
+    f'conv, stride {stride}, size {size}, {space}': (
+        functools.partial(layers._conv, stride=stride),
+        functools.partial(layers._conv_kernel_grad, stride=stride, size=size),
+        (2, *space, 3), (size,) * len(space) + (3, 4))
+    for stride, size, space in itertools.product((1, 2), (1, 3), SPACES)}
+
+
+@pytest.fixture(scope='module')
+def gradients():
+  """{product: (gradients by the handwritten rule, gradients by JAX)} of x, kernel and bias, all in one program."""
+  def of(affine, x, kernel, bias):
+    out, pull = jax.vjp(affine, x, kernel, bias)
+    return pull(jnp.sin(jnp.arange(out.size, dtype=out.dtype)).reshape(out.shape))
+  arguments = {name: (normal(*x), normal(*kernel, seed=2), normal(4, seed=3))
+               for name, (_, _, x, kernel) in PRODUCTS.items()}
+  def both(arguments):
+    return {name: (of(functools.partial(layers._low_precision, product, kernel_grad, jnp.dtype('float32')),
+                      *arguments[name]),
+                   of(lambda x, kernel, bias, product=product: product(x, kernel) + bias, *arguments[name]))
+            for name, (product, kernel_grad, _, _) in PRODUCTS.items()}
+  return jit(both)(arguments)
+
+
+@pytest.mark.parametrize('name', PRODUCTS)
+def test_handwritten_gradients_are_jaxs(gradients, name):
+  for handwritten, jaxs in zip(*gradients[name], strict=True):
+    assert handwritten.shape == jaxs.shape and np.abs(jaxs).max() > 0.1
+    np.testing.assert_allclose(handwritten, jaxs, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize('space', [(7,), (6, 5), (4, 3, 5)])
+def test_convolutions_on_cpu_have_every_derivative(space):
+  """The rule that is faster on CPU equals XLA's own: backward, forward, in one argument, batched, and twice."""
+  with jax.enable_x64(True):
+    x, kernel = jnp.asarray(normal(2, *space, 3), float), jnp.asarray(normal(*(3,) * len(space), 3, 2, seed=2), float)
+    derivatives = {
+        'value': lambda f: f(x, kernel),
+        'gradients': lambda f: jax.grad(f, (0, 1))(x, kernel),
+        'directional': lambda f: jax.jvp(f, (x, kernel), (jnp.cos(x), jnp.cos(kernel)))[1],
+        'in x alone': lambda f: jax.jvp(lambda x: f(x, kernel), (x,), (jnp.cos(x),))[1],
+        'of each example': lambda f: jax.vmap(lambda x: jax.grad(f, 1)(x[None], kernel))(x),
+        'twice': lambda f: jax.grad(lambda k: jnp.sum(jax.grad(f)(x, k) ** 2))(kernel),
+    }
+    total = lambda conv: lambda x, kernel: jnp.sum(jnp.sin(conv(x, kernel)))
+    both = jit(lambda: {name: (of(total(layers._conv_on_cpu)), of(total(layers._plain_conv)))
+                        for name, of in derivatives.items()})()
+  for name, (ours, xlas) in both.items():
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(xlas), strict=True):
+      np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-9, err_msg=name)
+
+
+# The codec
+
+
+def test_pixels_round_trip_and_clip():
+  codec, images = codecs.Pixels(), jnp.arange(256, dtype=jnp.uint8).reshape(1, 16, 16, 1)
+  x = codec.encode(images)
+  assert x.dtype == jnp.float32 and (x.min(), x.max()) == (-1, 1)
+  np.testing.assert_array_equal(codec.decode(x), images)
+  np.testing.assert_array_equal(codec.decode(x + 0.49 / 127.5), images)  # to the nearest
+  np.testing.assert_array_equal(codec.decode(jnp.array([-1e9, -1.1, -1, 1, 1.1, 1e9, jnp.inf])),
+                                [0, 0, 0, 255, 255, 255, 255])
+  assert codec.decode(x).dtype == jnp.uint8
