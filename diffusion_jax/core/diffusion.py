@@ -78,6 +78,8 @@ def loss(net: Net, x0: Array, eps: Array, level: Level, diffusion: Diffusion, we
                                   'it must return twice the channels of x')
     x0_error = jax.lax.stop_gradient(expand(c_out, x) * error)
     value += weight.bound(x0, x0_error, variance, level, diffusion.process, params)
+  if weight.ends and jax.tree.leaves(params):
+    value += weight.ends(x0, eps, diffusion.process, params)
   return value
 
 

@@ -3,9 +3,12 @@
 Written on the x0 error, one weight means the same loss whatever the network predicts: an error of eps weighs SNR-fold
 on x0, one of v SNR + 1 fold. All are finite from alpha = 0 on. The bounds on the likelihood are in nats per element.
 
-A learned schedule needs a weight that is `invariant`: one whose mean over t does not depend on the schedule between its
-ends (Kingma et al. 2021, section 5.1). Its gradient then lowers the bound of a chain of few steps; in continuous time
-it has mean zero. Under any other weight the schedule would only move to where the loss is low.
+A learned schedule needs a weight with `ends`, that is a whole bound on the likelihood. Its gradient then moves the two
+ends of the schedule. Between them the mean over t does not depend on the schedule in continuous time (Kingma et al.
+2021, section 5.1), and falls with it in a chain of few steps. Under any other weight the schedule would only move to
+where the loss is low.
+
+Weights that wrap another take it, or the name of one here, which is then made with its defaults.
 """
 import math
 from collections.abc import Callable
@@ -15,6 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from diffusion_jax.core import chain
+from diffusion_jax.core.likelihood import prior_bits
 from diffusion_jax.core.schedules import Process
 from diffusion_jax.core.types import Array, Level, Params, require
 
@@ -35,10 +39,17 @@ class Weight:
   init: Callable[[Array], Params] = lambda key: {}
   uncertainty: Callable[[Level, Params], Array] | None = None
   bound: Callable[[Array, Array, Array, Level, Process, Params], Array] | None = None
-  invariant: bool = False
+  ends: Callable[[Array, Array, Process, Params], Array] | None = None
 
   def __call__(self, level: Level, process: Process | None = None, params: Params = None) -> Array:
     return self.of(level, process, params)
+
+
+def _made(weight: Weight | str) -> Weight:
+  if not isinstance(weight, str):
+    return weight
+  require(weight in __all__, f"weight must be one of {', '.join(__all__)}, got {weight!r}")
+  return globals()[weight]()
 
 
 def _of_snr(of: Callable[[Array], Array]) -> Weight:
@@ -106,7 +117,7 @@ def vlb() -> Weight:
     fallen = jnp.where(first, 1.0, -jnp.expm1(level.logsnr - jnp.where(first, level.logsnr + 1, before)))
     return process.num_steps / 2 * jnp.exp(jnp.where(first, level.logsnr, before)) * fallen
 
-  return Weight(of, invariant=True)
+  return Weight(of, ends=_ends)
 
 
 def likelihood() -> Weight:
@@ -117,24 +128,23 @@ def likelihood() -> Weight:
     require(process is not None, 'the weight likelihood needs a process')
     return _falling_snr(level, process, params) / 2
 
-  return Weight(of, invariant=True)
+  return Weight(of, ends=_ends)
 
 
-_SIMPLE, _EDM = simple(), edm()
-
-
-def over_logsnr(weight: Weight = _SIMPLE) -> Weight:
+def over_logsnr(weight: Weight | str = 'simple') -> Weight:
   """`weight` times -1/2 dlogsnr/dt: for uniform times the integral over logsnr, the same for every schedule between
   the same ends (Kingma & Gao 2023, eq. 7); of `simple` it is `likelihood`."""
 
+  inner = _made(weight)
+
   def of(level, process, params):
     require(process is not None, 'the weight over_logsnr needs a process')
-    return _finite_product(weight(level, process, params), _fall(level, process, params)) / 2
+    return _finite_product(inner(level, process, params), _fall(level, process, params)) / 2
 
-  return replace(weight, of=of, invariant=True)
+  return replace(inner, of=of, ends=None)
 
 
-def learned_uncertainty(weight: Weight = _EDM, channels: int = 128) -> Weight:
+def learned_uncertainty(weight: Weight | str = 'edm', channels: int = 128) -> Weight:
   """loss exp(-u) + u with a trained u(level), which comes to be the log of the loss: each level then counts alike
   (Karras et al. 2024, eq. 21). u is linear in `channels` Fourier features of EDM's c_noise = -logsnr / 8, at first 0.
   """
@@ -148,10 +158,10 @@ def learned_uncertainty(weight: Weight = _EDM, channels: int = 128) -> Weight:
     features = jnp.sqrt(2.0) * jnp.cos(2 * jnp.pi * (noise[..., None] * frequency + phase))
     return features @ own['kernel'] / jnp.sqrt(channels)
 
-  return replace(weight, init=lambda key: {'kernel': jnp.zeros(channels)}, uncertainty=uncertainty)
+  return replace(_made(weight), init=lambda key: {'kernel': jnp.zeros(channels)}, uncertainty=uncertainty)
 
 
-def hybrid(weight: Weight = _SIMPLE, scale: float = 0.001, variance: str = 'range') -> Weight:
+def hybrid(weight: Weight | str = 'simple', scale: float = 0.001, variance: str = 'range') -> Weight:
   """L_simple + scale L_vlb, the latter in bits per element and with no gradient to the mean: it trains the variance
   output of the network (Nichol & Dhariwal 2021, eq. 16), which `variance` says how to read (see core/chain.py).
   """
@@ -164,7 +174,15 @@ def hybrid(weight: Weight = _SIMPLE, scale: float = 0.001, variance: str = 'rang
     bits = chain.step_bits(x0, error, output, level, process, params, variance)
     return scale * process.num_steps * jnp.mean(bits, axis=range(1, x0.ndim))
 
-  return replace(weight, bound=bound)
+  return replace(_made(weight), bound=bound)
+
+
+def _ends(x0: Array, eps: Array, process: Process, params: Params) -> Array:
+  """L_0 + L_T in nats per element, for x0 on 256 values of [-1, 1]: [B]."""
+  first, last = process.level(jnp.zeros((), x0.dtype), params), process.level(jnp.ones((), x0.dtype), params)
+  axes = range(1, x0.ndim)
+  decoder = jnp.mean(chain.decoder_nll(x0, x0 + jnp.exp(-first.logsnr / 2) * eps, -first.logsnr), axis=axes)
+  return decoder + math.log(2) * prior_bits(last, jnp.mean(x0 ** 2, axis=axes))
 
 
 def _fall(level: Level, process: Process, params: Params) -> Array:
