@@ -1,6 +1,5 @@
 """Laws of every target, on every path."""
 import pathlib
-from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -165,28 +164,3 @@ def test_a_denoiser_carries_the_variance_output():
   assert diffusion.denoiser(net(1), model).both(x, level)[1] is None
   with pytest.raises(ValueError, match=r'must return 3 channels, or twice as many .* got 9'):
     diffusion.denoiser(net(3), model)(x, level)
-
-
-def test_the_posterior_is_bayes_rule():
-  """q(x_s | x_t, x0) from the joint normal of x_s and x_t given x0, on every path."""
-  with jax.enable_x64(True):
-    for path in schedules.PATHS:
-      cur, nxt = (path.level(jnp.asarray(l, jnp.float64)) for l in (-1.5, 0.7))
-      k0, k, variance = chain.posterior(cur, nxt)
-      # x_t = a x_s + noise of variance q; the covariance of the two given x0 is a sigma_s^2.
-      a = cur.alpha / nxt.alpha
-      gain = a * nxt.sigma ** 2 / cur.sigma ** 2
-      np.testing.assert_allclose(k, gain, rtol=1e-12)
-      np.testing.assert_allclose(k0, nxt.alpha - gain * cur.alpha, rtol=1e-12)
-      np.testing.assert_allclose(variance, nxt.sigma ** 2 * (1 - gain * a), rtol=1e-12)
-      small, large = chain.log_bounds(cur, nxt)
-      np.testing.assert_allclose(np.exp(small), variance, rtol=1e-12)
-      np.testing.assert_allclose(np.exp(large), cur.sigma ** 2 - a ** 2 * nxt.sigma ** 2, rtol=1e-12)
-
-
-def test_the_level_before_a_step_is_the_chains():
-  process = replace(schedules.linear(20), path=schedules.flow)
-  level = process.level(jnp.arange(20) / 19)
-  before = chain.previous(process, level)
-  np.testing.assert_allclose(before.logsnr[1:], level.logsnr[:-1], rtol=1e-5)
-  assert (before.logsnr[0], before.alpha[0], before.sigma[0]) == (np.inf, 1, 0)
