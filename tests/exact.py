@@ -19,3 +19,30 @@ def moments():
   mean = sum(w * m for w, m in zip(WEIGHTS, MEANS, strict=True))
   square = sum(w * (m ** 2 + s ** 2) for w, m, s in zip(WEIGHTS, MEANS, STDS, strict=True))
   return mean, square - mean ** 2
+
+
+def transport(x, cur, nxt):
+  """The probability-flow ODE from cur to nxt, exactly: x keeps its quantile (its own element's, for each is in 1-D).
+
+  `nxt` None is data. By bisection: the quantile is kept to the precision of x's type.
+  """
+  nxt = (1, 0) if nxt is None else (nxt.alpha, nxt.sigma)
+  cdf = lambda x, alpha, sigma: sum(
+      w * jax.scipy.special.ndtr((x - alpha * m) / jnp.sqrt((alpha * s) ** 2 + sigma ** 2))
+      for w, m, s in zip(WEIGHTS, MEANS, STDS, strict=True))
+  quantile = cdf(x, cur.alpha, cur.sigma)
+
+  def halve(_, ends):
+    low, high = ends
+    middle = (low + high) / 2
+    below = cdf(middle, *nxt) < quantile
+    return jnp.where(below, middle, low), jnp.where(below, high, middle)
+
+  edge = jnp.full_like(x, 8 * (nxt[0] + nxt[1]))
+  low, high = jax.lax.fori_loop(0, 60, halve, (-edge, edge))
+  return (low + high) / 2
+
+
+def consistency(x, level):
+  """The function of consistency models (Song et al. 2023): the data in which the ODE through x ends."""
+  return transport(x, level, None)

@@ -1,17 +1,20 @@
-"""Laws of every sampler on a denoiser known in closed form."""
+"""Laws of every sampler on a denoiser known in closed form. Those of one sampler alone are in test_single_step.py."""
+import functools
+
 import exact
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orders
 import pytest
 
-from diffusion_jax.core import guidance, levels, samplers, schedules
+from diffusion_jax.core import levels, samplers, schedules
+from diffusion_jax.core.types import Denoiser, Level
 
-ORDER = {'ddim': 1, 'heun': 2, 'dpmpp_2m': 2}  # the deterministic ones
-SAMPLERS = {name: getattr(samplers, name)() for name in samplers.__all__}
-every_sampler = pytest.mark.parametrize('sampler', SAMPLERS.values(), ids=SAMPLERS.keys())
-every_path = pytest.mark.parametrize('path', [p.name for p in schedules.PATHS])
-SHAPE = (8, 8, 3)
+every_sampler = pytest.mark.parametrize('name', samplers.__all__)
+SHAPE = (4, 4, 3)
+# The network of every law: exact, with a variance halfway between a learned range's ends.
+DENOISE = Denoiser(lambda x, level: (exact.denoise(x, level), jnp.zeros_like(x)))
 
 
 def keys(n, seed=0):
@@ -22,104 +25,124 @@ def start(grid):
   return jax.tree.map(lambda a: a[0], grid)
 
 
-def sample(sampler, process, num_steps, n=16, denoise=exact.denoise):
-  """n samples by id, compiled whole."""
-  grid = levels.uniform_logsnr()(process, num_steps, None)
+def along_paths(process, num_levels):
+  """The same levels along each of the P paths: fields [P, N]."""
+  grids = [levels.uniform_logsnr()(schedules.on_path(process, p.name), num_levels, None) for p in schedules.PATHS]
+  return jax.tree.map(lambda *a: jnp.stack(a), *grids)
+
+
+def solve_along_paths(sampler, grids, x, denoise=DENOISE):
+  """x0 [P, B, *S, C] from sigma x at the first level of each path; sample i of each has the same noise."""
 
   @jax.jit
-  def run():
-    k = keys(n)
-    return samplers.solve(sampler, denoise, samplers.prior(k, SHAPE, start(grid)), grid, k)
+  @jax.vmap
+  def run(grid):
+    return samplers.solve(sampler, denoise, start(grid).sigma * x, grid, keys(len(x)))
 
-  return run()
-
-
-def test_every_deterministic_sampler_has_a_measured_order():
-  assert set(ORDER) | {'ancestral'} == set(samplers.__all__)
+  return run(grids)
 
 
-@every_path
-@pytest.mark.parametrize('name', ORDER)
-def test_order_of_convergence(name, path):
-  """Halving the step divides the error at the last level by 2^order."""
+def test_every_sampler_has_its_law():
+  """A new sampler is entered in tests/orders.py: its order, or that it draws noise, or that it chooses its steps."""
+  assert set(samplers.__all__) == set(orders.ORDER) | orders.STOCHASTIC | orders.ADAPTIVE
+  assert len(samplers.__all__) == len(orders.ORDER) + len(orders.STOCHASTIC) + len(orders.ADAPTIVE)
+
+
+@pytest.mark.parametrize('name', orders.ORDER)
+def test_order_of_convergence(name):
+  """Halving the step divides the error against the ODE's closed form by 2^order, and all paths give one sample."""
   with jax.enable_x64(True):
-    process = schedules.on_path(schedules.cosine_continuous(-5, 5), path)
+    process = schedules.cosine_continuous(-5, 5)
     x = jax.random.normal(jax.random.key(0), (4, *SHAPE), jnp.float64)
-
-    def end(sampler, n):
-      grid = levels.uniform_logsnr()(process, n + 1, None)
+    steps, errors = (40, 80), []
+    for n in steps:
+      grids = along_paths(process, n + 1)
+      ends = solve_along_paths(getattr(samplers, name)(), grids, x)
+      first, last = (Level(*(a[0, i] for a in grids)) for i in (0, -1))
       # The last call maps the end of the trajectory to x0: the same function for every n.
-      return jax.jit(lambda x: samplers.solve(sampler, exact.denoise, start(grid).sigma * x, grid, keys(4)))(x)
-
-    truth = end(samplers.heun(), 2000)
-    steps = np.array([40, 80, 160])
-    errors = [float(jnp.sqrt(jnp.mean((end(SAMPLERS[name], n) - truth) ** 2))) for n in steps]
-  slope = -np.polyfit(np.log(steps), np.log(errors), 1)[0]
-  assert slope == pytest.approx(ORDER[name], abs=0.25), errors
+      truth = exact.denoise(exact.transport(first.sigma * x, first, last), last)
+      errors.append(np.sqrt(np.mean((ends[0] - truth) ** 2)))
+      np.testing.assert_allclose(ends, np.broadcast_to(ends[0], ends.shape), rtol=1e-8, atol=1e-8)
+  slope = np.log(errors[0] / errors[1]) / np.log(steps[1] / steps[0])
+  assert slope == pytest.approx(orders.ORDER[name], abs=0.25), errors
 
 
-def test_ddim_is_the_same_along_every_path():
-  """From x at the same sigma / alpha, DDIM is one function of logsnr (Song et al. 2021, eq. 14)."""
-  with jax.enable_x64(True):
-    x, ends = jax.random.normal(jax.random.key(1), (4, *SHAPE), jnp.float64), []
-    for path in schedules.PATHS:
-      grid = levels.uniform_logsnr()(schedules.on_path(schedules.linear(), path.name), 20, None)
-      ends.append(samplers.solve(samplers.ddim(), exact.denoise, start(grid).sigma * x, grid, keys(4)))
-  np.testing.assert_allclose(ends[1], ends[0], rtol=1e-9)
-  np.testing.assert_allclose(ends[2], ends[0], rtol=1e-9)
+STOCHASTIC = {name: getattr(samplers, name)() for name in sorted(orders.STOCHASTIC)} | {
+    'ancestral fixed large': samplers.ancestral(variance=1.0), 'ddim 0.5': samplers.ddim(0.5),
+    'euler churn': samplers.euler(churn=10.0), 'heun churn': samplers.heun(churn=60.0),
+    'flow_euler stochastic': samplers.flow_euler(stochastic=True)}
 
 
-def test_ddim_with_eta_one_is_ancestral():
-  for path in schedules.PATHS:
-    process = schedules.on_path(schedules.linear(), path.name)
-    np.testing.assert_allclose(sample(samplers.ddim(eta=1.0), process, 25),
-                               sample(samplers.ancestral(), process, 25), atol=2e-5)
+@pytest.mark.parametrize('name', STOCHASTIC)
+def test_samples_have_the_moments_of_the_data(name):
+  """The mean to four standard errors, the variance to 3%."""
+  # x0 noised afresh at each level asks for a consistency function, here the ODE's exact one, in place of E[x0 | x].
+  afresh = name in ('lcm', 'flow_euler stochastic')
+  denoise, num_steps = (exact.consistency, 8) if afresh else (DENOISE, 300)
+  grid = levels.uniform_logsnr()(schedules.cosine_continuous(-12, 12), num_steps, None)
 
+  @jax.jit
+  def run(keys):
+    x = samplers.prior(keys, SHAPE, start(grid))
+    return samplers.solve(STOCHASTIC[name], denoise, x, grid, keys)
 
-def test_ancestral_step_is_ddpms_posterior():
-  """Ho et al. 2020, eq. 6 and 7, between neighbouring steps of the chain."""
-  beta = schedules.betas(schedules.linear(), 1000)
-  alpha_bar = np.cumprod(1 - beta)
-  grid = levels.timesteps()(schedules.linear(), 1000, None)
-  x, x0, z = np.random.default_rng(0).normal(size=(3, 2, 4, 4, 1))
-  for t in (1, 10, 500, 999):
-    cur, nxt = (jax.tree.map(lambda a, i=i: a[i], grid) for i in (999 - t, 1000 - t))
-    mean = (np.sqrt(alpha_bar[t - 1]) * beta[t] * x0
-            + np.sqrt(1 - beta[t]) * (1 - alpha_bar[t - 1]) * x) / (1 - alpha_bar[t])
-    small = (1 - alpha_bar[t - 1]) / (1 - alpha_bar[t]) * beta[t]
-    for variance, expected in ((0.0, small), (1.0, beta[t]), (0.5, np.sqrt(small * beta[t]))):
-      got, _ = samplers.ancestral(variance).step(lambda x, level: x0, x, (), cur, nxt, z)
-      np.testing.assert_allclose(got, mean + np.sqrt(expected) * z, rtol=2e-4, atol=2e-5)
-
-
-@pytest.mark.parametrize('sampler', [samplers.ancestral(), samplers.ddim(0.5), samplers.ddim()], ids=['1', '0.5', '0'])
-def test_samples_have_the_moments_of_the_data(sampler):
-  x0 = np.asarray(sample(sampler, schedules.cosine_continuous(-12, 12), 500, n=64))
+  x0 = np.asarray(run(keys(256)), np.float64)
   mean, variance = exact.moments()
-  se = np.sqrt(variance / x0.size)
-  assert abs(x0.mean() - mean) < 4 * se
+  assert abs(x0.mean() - mean) < 4 * np.sqrt(variance / x0.size)
   assert x0.var() == pytest.approx(variance, rel=0.03)
 
 
-@every_path
 @every_sampler
-def test_one_step_is_finite_from_pure_noise(sampler, path):
-  if path == 've':
-    first = schedules.ve.level(jnp.float32(-12))  # alpha = 0 would be sigma = inf on this path
-  else:
-    first = schedules.Level(jnp.float32(-jnp.inf), jnp.float32(0), jnp.float32(1))
-  rest = levels.uniform_logsnr()(schedules.on_path(schedules.cosine_continuous(-6, 8), path), 9, None)
-  grid = jax.tree.map(lambda a, b: jnp.concatenate([a[None], b]), first, rest)
-  x0 = samplers.solve(sampler, exact.denoise, samplers.prior(keys(4), SHAPE, first), grid, keys(4))
-  assert np.all(np.isfinite(x0))
+def test_a_run_is_finite_from_pure_noise(name):
+  """From alpha = 0; on ve, where that would be sigma = inf, from nearly nothing."""
+  rest = along_paths(schedules.cosine_continuous(-6, 8), 9)
+  nothing, little = Level(*jnp.float32([-jnp.inf, 0, 1])), schedules.ve.level(jnp.float32(-12))
+  firsts = [little if path.name == 've' else nothing for path in schedules.PATHS]
+  first = jax.tree.map(lambda *a: jnp.stack(a)[:, None], *firsts)
+  grids = jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=1), first, rest)
+  x = jax.random.normal(jax.random.key(0), (2, *SHAPE))
+  assert np.all(np.isfinite(solve_along_paths(getattr(samplers, name)(), grids, x)))
+
+
+@functools.cache
+def runs(name):
+  """(sample 0 alone, the denoiser's calls in it, and five samples: the starts, x0, (x, x0 estimate) at each level)."""
+  sampler, grid, count = getattr(samplers, name)(), levels.timesteps()(schedules.linear(), 6, None), []
+
+  def counting(x, level):
+    jax.debug.callback(lambda: count.append(1))
+    return DENOISE.both(x, level)
+
+  @functools.partial(jax.jit, static_argnums=1)
+  def run(keys, trajectory):
+    x = samplers.prior(keys, SHAPE, start(grid))
+    return x, samplers.solve(sampler, DENOISE if trajectory else Denoiser(counting), x, grid, keys, trajectory)
+
+  alone = jax.block_until_ready(run(keys(1), False))[1]
+  jax.effects_barrier()
+  x, (x0, seen) = run(keys(5), True)
+  return alone, len(count), x, x0, seen
+
+
+@pytest.mark.parametrize('name', [name for name in samplers.__all__ if name not in orders.ADAPTIVE])
+def test_calls_are_counted(name):
+  assert runs(name)[1] == getattr(samplers, name)().nfe(6)
 
 
 @every_sampler
-def test_a_sample_depends_on_its_own_key_alone(sampler):
-  process = schedules.linear()
-  alone, few, many = (sample(sampler, process, 6, n) for n in (1, 7, 64))
-  np.testing.assert_allclose(few[:1], alone, atol=1e-6)
-  np.testing.assert_allclose(many[:7], few, atol=1e-6)
+def test_a_sample_depends_on_its_own_key_alone(name):
+  """Neither the batch nor the wish to see the trajectory changes it."""
+  alone, _, _, x0, _ = runs(name)
+  np.testing.assert_allclose(x0[:1], alone, atol=3e-6)
+
+
+@every_sampler
+def test_trajectory_begins_with_the_noise_and_ends_in_the_sample(name):
+  _, _, x, x0, (xs, estimates) = runs(name)
+  assert xs.shape == estimates.shape == (6, 5, *SHAPE)
+  np.testing.assert_array_equal(xs[0], x)
+  np.testing.assert_allclose(estimates[-1], x0, atol=1e-6)
+  assert np.all(np.std(xs, axis=(1, 2, 3, 4)) > 0.1)
 
 
 def test_noise_bits_do_not_depend_on_batch_or_devices():
@@ -138,51 +161,3 @@ def test_noise_bits_do_not_depend_on_batch_or_devices():
   for one, all64, over in zip(noise(keys(1)), noise(keys(64)), noise(jax.device_put(keys(64), sharding)), strict=True):
     np.testing.assert_array_equal(one, all64[:1])
     np.testing.assert_array_equal(all64, over)
-
-
-@every_sampler
-def test_trajectory_ends_in_the_sample(sampler):
-  process = schedules.linear()
-  grid = levels.timesteps()(process, 5, None)
-  x = samplers.prior(keys(3), SHAPE, start(grid))
-  x0, (xs, estimates) = samplers.solve(sampler, exact.denoise, x, grid, keys(3), trajectory=True)
-  assert xs.shape == estimates.shape == (5, 3, *SHAPE)
-  np.testing.assert_array_equal(xs[0], x)
-  np.testing.assert_array_equal(estimates[-1], x0)
-  np.testing.assert_allclose(x0, samplers.solve(sampler, exact.denoise, x, grid, keys(3)), atol=1e-6)
-
-
-@every_sampler
-def test_calls_are_counted(sampler):
-  count = []
-
-  def denoise(x, level):
-    jax.debug.callback(lambda: count.append(1))
-    return exact.denoise(x, level)
-
-  jax.block_until_ready(sample(sampler, schedules.linear(), 5, n=1, denoise=denoise))
-  jax.effects_barrier()
-  assert len(count) == sampler.nfe(5)
-
-
-def test_guidance_identities():
-  cond, ref = (lambda x, level, c=c: exact.denoise(x + c, level) for c in (0.3, -0.2))
-  x = jax.random.normal(jax.random.key(0), (2, *SHAPE))
-  level = schedules.linear().level(0.5)
-  assert guidance.cfg(cond, ref, 1.0) is cond
-  np.testing.assert_allclose(guidance.cfg(cond, ref, 0.0)(x, level), ref(x, level), atol=1e-6)
-  np.testing.assert_allclose(guidance.cfg(cond, cond, 7.5)(x, level), cond(x, level), atol=1e-6)
-  clipped = guidance.clip(lambda x, level: 3 * x)(x, level)
-  assert clipped.min() == -1
-  assert clipped.max() == 1
-
-
-@pytest.mark.parametrize(('make', 'words'), [
-    (lambda: samplers.ddim(eta=1.5), r'eta must lie in \[0, 1\], got 1.5'),
-    (lambda: samplers.ancestral(variance=-1), r'variance must lie in \[0, 1\], got -1'),
-    (lambda: guidance.cfg(None, None, float('nan')), 'must be finite, got nan'),
-    (lambda: guidance.clip(None, 1, -1), 'low must be below high, got 1 and -1'),
-])
-def test_bad_arguments_are_named(make, words):
-  with pytest.raises(ValueError, match=words):
-    make()

@@ -71,9 +71,10 @@ def ddim(eta: float = 0.0) -> Sampler:
 
   def step(denoise, x, memory, cur, nxt, z):
     x0 = denoise(x, cur)
-    std = eta * nxt.sigma * jnp.sqrt(-jnp.expm1(cur.logsnr - nxt.logsnr))
     eps = (x - cur.alpha * x0) / cur.sigma
-    return nxt.alpha * x0 + jnp.sqrt(nxt.sigma ** 2 - std ** 2) * eps + std * z, memory
+    new = eta * jnp.sqrt(-jnp.expm1(cur.logsnr - nxt.logsnr))  # of the next noise
+    kept = jnp.sqrt(1 - eta ** 2 + eta ** 2 * jnp.exp(cur.logsnr - nxt.logsnr))
+    return nxt.alpha * x0 + nxt.sigma * (kept * eps + new * z), memory
 
   return Sampler(step)
 
@@ -152,7 +153,7 @@ def _churned(sampler: Sampler, churn: float, noisier) -> Sampler:
     return denoise(*noisier(x, gamma, last, z))
 
   return sampler._replace(
-      init=lambda x, num_levels: jnp.asarray(min(churn / num_levels, math.sqrt(2) - 1), x.dtype), finish=finish)
+      init=lambda x, num_levels: jnp.full((), min(churn / num_levels, math.sqrt(2) - 1), x.dtype), finish=finish)
 
 
 def euler_ancestral(eta: float = 1.0) -> Sampler:
