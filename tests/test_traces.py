@@ -12,7 +12,7 @@ import pytest
 import traces
 
 from diffusion_jax.core import guidance, samplers, schedules
-from diffusion_jax.core.types import Denoiser, Level, then
+from diffusion_jax.core.types import Denoiser, Level
 
 
 @dataclasses.dataclass
@@ -33,21 +33,13 @@ def ddpm(trace, variance_type='fixed_small', clip_sample=True, thresholding=Fals
              'learned_range': samplers.ancestral_learned('range')}[variance_type]
 
   def wrap(network, i, x, cur):
+    output = jnp.asarray(trace['outs'][i][..., 3:]) if variance_type == 'learned_range' else None
+    both = Denoiser(lambda x, level: (network(x, level), output))
     if thresholding:
-      network = then(network, lambda x0, x, level: threshold(x0, dynamic_thresholding_ratio, sample_max_value))
-    elif clip_sample:
-      network = guidance.clip(network)
-    if variance_type != 'learned_range':
-      return network
-    return Denoiser(lambda x, level: (network(x, level), jnp.asarray(trace['outs'][i][..., 3:])))
+      return guidance.threshold(both, dynamic_thresholding_ratio, sample_max_value)
+    return guidance.clip(both) if clip_sample else both
 
   return Case(sampler, trace['a'], trace['b'], wrap)
-
-
-def threshold(x0, ratio, most):
-  """Dynamic thresholding (Saharia et al. 2022, section 2.3), with the threshold held within [1, most]."""
-  s = jnp.clip(jnp.quantile(jnp.abs(x0), ratio, axis=(1, 2, 3), keepdims=True), 1, most)
-  return jnp.clip(x0, -s, s) / s
 
 
 def ddim(trace, eta=0.0, clip_sample=True, set_alpha_to_one=True, **chain):
