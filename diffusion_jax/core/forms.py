@@ -21,8 +21,13 @@ def from_betas(beta: np.ndarray) -> Process:
   known = steps[:len(levels)]
   to_zero = len(levels) == last  # alpha falls linearly to 0 within the last step
 
+  def interp(x, xs, ys):
+    """jnp.interp with tables of x's own precision: jax may mix up those of float32 and float64 otherwise."""
+    x = jnp.asarray(x, jnp.result_type(x, 0.0))
+    return jnp.interp(x, jnp.asarray(xs, x.dtype), jnp.asarray(ys, x.dtype))
+
   def logsnr(t, params=None):
-    inside = jnp.interp(t * last, known, levels)
+    inside = interp(t * last, known, levels)
     if not to_zero:
       return inside
     left = (1 - t) * last
@@ -31,7 +36,7 @@ def from_betas(beta: np.ndarray) -> Process:
     return jnp.where(left <= 0, -jnp.inf, jnp.where(left < 1, tail, inside))
 
   def time(l, params=None):
-    step = jnp.interp(-l, -levels, known)
+    step = interp(-l, -levels, known)
     if to_zero:
       left = jnp.exp((jax.nn.log_sigmoid(l) - log_alpha_bar[-1]) / 2)
       step = jnp.where(l < levels[-1], last - left, step)

@@ -75,7 +75,7 @@ class Sde(NamedTuple):
 def sde(process: Process) -> Sde:
   """The SDE with the marginals of `process`: f = d log(alpha) / dt and g^2 = d sigma^2 / dt - 2 f sigma^2.
 
-  (Kingma et al. 2021, eq. 20; Song et al. 2021, eq. 28-29.) The latter equals -sigma^2 d logsnr / dt, which subtracts
+  (Kingma et al. 2021; Lu et al. 2022, section 2.1.) The latter equals -sigma^2 d logsnr / dt, which subtracts
   nothing. On the sub-VP path this is the SDE of Song et al. exactly. Times are the process's, whose [0, 1] may be a
   part of the paper's.
   """

@@ -119,30 +119,26 @@ def table(betas: tuple[float, ...] = tuple(np.linspace(1e-3, 0.2, 100).tolist())
 
 def cosine_continuous(logsnr_min: float = -15.0, logsnr_max: float = 15.0) -> Process:
   """The cosine schedule in continuous time, alpha = cos(angle), cut at both ends (Hoogeboom et al. 2023)."""
-  check_ends(logsnr_min, logsnr_max)
-  start, end = (np.arctan(np.exp(-0.5 * l)) for l in (logsnr_max, logsnr_min))
-  return Process(
-      logsnr=lambda t, params=None: -2 * jnp.log(jnp.tan(start + t * (end - start))),
-      time=lambda l, params=None: (jnp.arctan(jnp.exp(-0.5 * l)) - start) / (end - start))
+  return cut(lambda t, rest: 2 * (jnp.log(jnp.sin(np.pi / 2 * rest)) - jnp.log(jnp.sin(np.pi / 2 * t))),
+             lambda l: 2 / np.pi * jnp.arctan(jnp.exp(-l / 2)), 0.0, logsnr_min, logsnr_max)
 
 
 def inverse_cosine(logsnr_min: float = -15.0, logsnr_max: float = 15.0) -> Process:
-  """alpha_bar(t) = arccos(2 t - 1) / pi, the inverse function of the cosine's, cut at both ends.
+  """alpha_bar(t) = arccos(2 t - 1) / pi, the inverse function of the cosine's, cut at both ends (Hudson et al. 2023).
 
-  (Hudson et al. 2023, SODA, section 3: most of its time is spent at middle noise.)
+  Where the cosine dwells at both ends, this one dwells in the middle.
   """
+
   def logsnr(t, rest):
     signal, noise = jnp.sqrt(rest), jnp.sqrt(t)
     return jnp.log(jnp.arctan2(signal, noise)) - jnp.log(jnp.arctan2(noise, signal))  # angles of pi/2 times their share
 
-  return cut(logsnr=logsnr,
-              time=lambda l: jnp.sin(np.pi / 2 * jax.nn.sigmoid(-l)) ** 2,
-              centre=0.0, logsnr_min=logsnr_min, logsnr_max=logsnr_max)
+  return cut(logsnr, lambda l: jnp.sin(np.pi / 2 * jax.nn.sigmoid(-l)) ** 2, 0.0, logsnr_min, logsnr_max)
 
 
 def sigmoid(start: float = -3.0, end: float = 3.0, tau: float = 1.0, logsnr_min: float = -15.0,
             logsnr_max: float = 15.0) -> Process:
-  """alpha_bar falls like a part of a logistic curve, scaled to [0, 1] (Jabri et al. 2022; Chen 2023, section 3.1).
+  """alpha_bar falls like a part of a logistic curve, scaled to [0, 1] (Jabri et al. 2022; Chen 2023).
 
   alpha_bar(t) = (S(end) - S(start + t (end - start))) / (S(end) - S(start)) for S(z) = 1 / (1 + exp(-z / tau)), cut.
   """
@@ -217,7 +213,7 @@ def subvp_sde(beta_min: float = 0.1, beta_max: float = 20.0, t_min: float = 1e-5
 
 
 def learned(logsnr_min: float = -5.0, logsnr_max: float = 13.3, hidden: int = 1024) -> Process:
-  """A trainable schedule: both ends, and a rising curve of t plus `hidden` logistic steps (Kingma et al. 2021, app. H).
+  """A trainable schedule: both ends, and between them t plus `hidden` logistic steps (VDM, Kingma et al. 2021).
 
   `init(key)` makes its params, whose ends begin at logsnr_min and logsnr_max. logsnr falls strictly whatever they are.
   To be trained with the continuous VLB: another weight may be lowered by moving to where the task is easy.
@@ -262,7 +258,7 @@ def learned(logsnr_min: float = -5.0, logsnr_max: float = 13.3, hidden: int = 10
 # Wrappers.
 
 def shifted(process: Process | str = 'cosine_continuous', shift: float = 4.0) -> Process:
-  """`process` with logsnr - 2 log(shift): as noisy for images `shift` times as wide (Hoogeboom et al. 2023, eq. 3)."""
+  """`process` with logsnr - 2 log(shift), for images `shift` times as wide (Hoogeboom et al. 2023, section 3.1)."""
   inner, down = _made(process), 2 * np.log(_positive(shift))
   return replace(inner, logsnr=lambda t, params=None: inner.logsnr(t, params) - down,
                  time=lambda l, params=None: inner.time(l + down, params))
