@@ -44,18 +44,21 @@ def combine(weights: Array, differences: Array) -> Array:
   return jnp.tensordot(weights.astype(differences.dtype), differences, 1)
 
 
-def kernel(rate: Array | float) -> Array:
-  """exp(rate (1 - u)) at 16 Gauss-Legendre points u, times their weights, with sum 1.
+def kernel(rate: Array | float) -> tuple[Array, Array]:
+  """Points u in [0, 1] and weights with sum 1, for means over u under exp(rate (1 - u)).
 
-  A polynomial's mean under it is right to rounding for |rate| < 20, and loses no digits at small rates.
+  Gauss-Legendre with 16 points: a polynomial's mean is right to rounding for |rate| < 20, and loses no digits at small
+  rates.
   """
-  weights = jnp.exp(rate * (1 - _U) - jnp.maximum(rate, 0)) * _DU
-  return weights / jnp.sum(weights)
+  u, du = (jnp.asarray(a, jnp.result_type(float)) for a in (_U, _DU))  # numpy's own type would not follow jax's
+  weights = jnp.exp(rate * (1 - u) - jnp.maximum(rate, 0)) * du
+  return u, weights / jnp.sum(weights)
 
 
 def moment(rate: Array | float, power: int) -> Array:
   """The mean of u^power over [0, 1] under exp(rate (1 - u))."""
-  return jnp.sum(kernel(rate) * _U ** power)
+  u, weights = kernel(rate)
+  return jnp.sum(weights * u ** power)
 
 
 def adams(nodes: Array, known: Array, rate: Array | float = 0.0) -> Array:
@@ -65,12 +68,12 @@ def adams(nodes: Array, known: Array, rate: Array | float = 0.0) -> Array:
   """
   # An unknown node needs a value that no other has.
   nodes = [jnp.where(k, node, 2.0 + i) for i, (node, k) in enumerate(zip(nodes, known, strict=True))]
-  mass, weights = kernel(rate), []
+  (u, mass), weights = kernel(rate), []
   for j, node in enumerate(nodes):
-    basis = _U / node
+    basis = u / node
     for i, other in enumerate(nodes):
       if i != j:
-        basis = basis * jnp.where(known[i], (_U - other) / (node - other), 1)
+        basis = basis * jnp.where(known[i], (u - other) / (node - other), 1)
     weights.append(jnp.where(known[j], jnp.sum(mass * basis), 0))
   return jnp.stack(weights) if weights else jnp.zeros(0)
 
