@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from diffusion_jax.core import chain
 from diffusion_jax.core.paths import vp
@@ -47,12 +48,12 @@ def discrete_vlb(denoise: Denoise, grid: Level, x0: Array, keys: Array, variance
   """The bound of the reverse chain over `grid`, with every term (Ho et al. 2020, eq. 5 and 13).
 
   x0 [B, *S, C] is floating point on the 256 values of [-1, 1]; keys [B]: example i depends on keys[i] alone. DDPM's
-  own chain is grids.timesteps()(process, process.num_steps). One call of `denoise` for each level, memory for one.
+  own chain is levels.timesteps()(process, process.num_steps). One call of `denoise` for each level, memory for one.
 
   variance: a number in [0, 1] as in `ancestral` (0 "fixed small", 1 "fixed large"), or how the network's variance
   output is read, 'range' or 'diagonal', as in `ancestral_learned`. The decoder's is the posterior's of the step before
   it ("fixed small" and "large" alike, as in DDPM's own code), or the network's.
-  subset: if above 0, as many levels for each example, the last and others drawn evenly, which leaves `bits` unbiased;
+  subset: if above 0, so many levels for each example, the last and evenly drawn others, which leaves `bits` unbiased;
   `denoise` is then given levels of shape [B].
   """
   num_levels = grid.logsnr.shape[0]
@@ -61,7 +62,7 @@ def discrete_vlb(denoise: Denoise, grid: Level, x0: Array, keys: Array, variance
           f"variance must lie in [0, 1] or be 'range' or 'diagonal', got {variance!r}")
   require(num_levels >= 2, f'a chain needs a grid of at least 2 levels, got {num_levels}')
   require(subset == 0 or 2 <= subset <= num_levels, f'subset must be 0 or lie in 2..{num_levels}, got {subset}')
-  _bytes(x0)
+  x0 = _bytes(x0)[0]
   before, end = (vp.level(grid.logsnr[i]) for i in (-2, -1))
 
   def kl(error, output, i):
@@ -132,8 +133,7 @@ def continuous_vlb(denoise: Denoise, process: Process, x0: Array, key: Array, pa
   """
   require(decoder in ('bins', 'density'), f"decoder must be 'bins' or 'density', got {decoder!r}")
   require(times >= 1, f'times must be at least 1, got {times}')
-  if decoder == 'bins':
-    _bytes(x0)
+  x0 = _bytes(x0)[0] if decoder == 'bins' else _float(x0)
   batch = x0.shape[0]
   offset, noise = jax.random.split(key)
   start = jax.random.uniform(offset)
@@ -147,7 +147,7 @@ def continuous_vlb(denoise: Denoise, process: Process, x0: Array, key: Array, pa
     finite = jnp.isfinite(slope)  # where logsnr is -inf the SNR is 0 and adds nothing
     return total - 0.5 * jnp.where(finite, jnp.exp(logsnr) * jnp.where(finite, slope, 0), 0) * _mean(error ** 2), None
 
-  diffusion, _ = jax.lax.scan(one, jnp.zeros(batch, x0.dtype), jnp.arange(times))
+  diffusion, _ = jax.lax.scan(one, jnp.zeros(batch), jnp.arange(times))
   diffusion = diffusion / (times * math.log(2))
   first, last = process.level(jnp.zeros((), x0.dtype), params), process.level(jnp.ones((), x0.dtype), params)
   if decoder == 'bins':
@@ -174,6 +174,7 @@ def _softmax_nll(x0: Array, noisy: Array, snr: Array) -> Array:
 
 
 class Ode(NamedTuple):
+  """What `ode` finds."""
   log_prob: Array  # [B] in nats, of x0 in its own scale
   x: Array         # [B, *S, C] at the noisiest level, where the ODE takes x0
 
@@ -198,7 +199,7 @@ def ode(denoise: Denoise, grid: Level, x0: Array, keys: Array, method: str = 'he
   require(num_levels >= 2, f'the ODE needs a grid of at least 2 levels, got {num_levels}')
   require(trace != 'exact' or size <= EXACT_TRACE,
           f"trace='exact' is for at most {EXACT_TRACE} elements, and an example has {size}: take 'hutchinson'")
-  _check_float(x0)
+  x0 = _float(x0)
   exact = trace == 'exact'
 
   def direction(k):
@@ -216,7 +217,7 @@ def ode(denoise: Denoise, grid: Level, x0: Array, keys: Array, method: str = 'he
     dx, pull = jax.vjp(velocity, x)
 
     def add(total, k):
-      v = direction(k)
+      v = direction(k).astype(dx.dtype)
       return total + jnp.sum((v * pull(v)[0]).reshape(x.shape[0], -1), 1), None
 
     total, _ = jax.lax.scan(add, jnp.zeros(x.shape[:1], x.dtype), jnp.arange(size if exact else probes))
@@ -230,7 +231,7 @@ def ode(denoise: Denoise, grid: Level, x0: Array, keys: Array, method: str = 'he
     return _METHODS[method](lambda x, level: slope(x, level, change), *carry, cur, middle, nxt), None
 
   last, first = _at(grid, -1), _at(grid, 0)
-  start = last.alpha * x0, jnp.zeros(x0.shape[:1], x0.dtype)
+  start = last.alpha * x0, jnp.zeros(x0.shape[:1])
   (x, divergence), _ = jax.lax.scan(step, start, jnp.arange(num_levels - 1, 0, -1))
   variance = first.alpha ** 2 + first.sigma ** 2
   prior = -0.5 * size * (_mean(x ** 2) / variance + jnp.log(2 * math.pi * variance))
@@ -298,28 +299,29 @@ def ode_bits(denoise: Denoise, grid: Level, x0: Array, keys: Array, dequantiser:
   -log2 P <= E[log2 q(u) - log2 p(x)] + log2(128) per dimension; log2(128) = 7 is for the bins' width of 1/128.
   Compared with x0 itself, b / 127.5 - 1, the centres of the bins are closer to zero by one part in 256.
   """
-  byte = _bytes(x0)
+  x0, byte = _bytes(x0)
   u = dequantiser.sample(jax.vmap(lambda key: jax.random.fold_in(key, jnp.uint32(0xFFFFFFFF)))(keys), x0)
   log_prob = ode(denoise, grid, (byte + u) / 128 - 1, keys, **options).log_prob
   return (_mean(dequantiser.log_prob(u, x0)) - log_prob / math.prod(x0.shape[1:])) / math.log(2) + 7
 
 
-def _bytes(x0: Array) -> Array:
-  """The bytes 0. .. 255. that x0 stands for; ValueError where x0 is known and is not one of their values."""
-  _check_float(x0)
-  exact = x0 * 127.5 + 127.5
-  byte = jnp.round(exact)
+def _bytes(x0: Array) -> tuple[Array, Array]:
+  """x0 and the bytes 0. .. 255. it stands for; ValueError where x0 is known and is not on their values."""
+  wide = _float(x0)
   if not isinstance(x0, jax.core.Tracer):
-    low, high = float(jnp.min(x0)), float(jnp.max(x0))
+    known = np.asarray(x0, np.float64)
+    low, high, byte = known.min(), known.max(), known * 127.5 + 127.5
     require(low >= -1 and high <= 1, f'x0 must lie in [-1, 1], got {low:g} .. {high:g}')
-    away = float(jnp.max(jnp.abs(byte - exact)))
+    away = np.abs(byte - np.round(byte)).max()
     require(away < 0.01, f'x0 must be on the 256 values b / 127.5 - 1, got one {away:.2g} of a value away')
-  return byte
+  return wide, jnp.round(wide * 127.5 + 127.5)
 
 
-def _check_float(x0: Array) -> None:
+def _float(x0: Array) -> Array:
+  """x0 in float32 at least."""
   require(jnp.issubdtype(x0.dtype, jnp.floating),
           f'x0 must be floating point in [-1, 1], as uint8 / 127.5 - 1 is, got {x0.dtype}')
+  return x0.astype(jnp.promote_types(x0.dtype, jnp.float32))
 
 
 def _at(grid: Level, i: Array) -> Level:
