@@ -231,27 +231,23 @@ def test_adams_bashforth():
     np.testing.assert_allclose(got, [float(fractions.Fraction(w)) for w in wanted.split()], atol=1e-14)
 
 
-EVERY = [multistep.dpmpp(k, kind) for k in (2, 3) for kind in ('midpoint', 'heun', 'exact')] + [
-    multistep.dpm_solver(k, kind) for k in (2, 3) for kind in ('midpoint', 'heun')] + [
-    multistep.unipc(k, variant) for k in (1, 2, 3) for variant in ('bh1', 'bh2')] + [
-    multistep.dpmpp_sde(3), multistep.deis(), multistep.lms(), multistep.plms(), multistep.plms('v'), multistep.pndm(),
-    multistep.pndm('v', halved=True)]
+KINDS = [multistep.dpmpp(3), multistep.dpmpp_sde(3, 'heun'), multistep.dpm_solver(3), multistep.unipc(1, 'bh1'),
+         multistep.unipc(3), multistep.deis(), multistep.lms(), multistep.plms('v'), multistep.pndm('v', halved=True)]
 
 
-@pytest.mark.parametrize('sampler', EVERY)
+@pytest.mark.parametrize('sampler', KINDS)
 def test_finite_from_pure_noise(sampler):
   """From alpha = 0, in float32, for five steps; its derivatives too, along x and the levels after the first."""
-  keys, x = jax.random.split(jax.random.key(1), 1), jax.random.normal(jax.random.key(0), (1, 2, 1, 1))
-  logsnr = jnp.linspace(-6.0, 8.0, 5)
+  x, logsnr = jax.random.normal(jax.random.key(0), (1, 2, 1, 1)), jnp.linspace(-6.0, 8.0, 5)
+  first = schedules.Level(*(jnp.asarray([a]) for a in (-jnp.inf, 0.0, 1.0)))
 
-  def end(x, logsnr):
-    rest = schedules.flow.level(logsnr)
-    first = schedules.Level(*(jnp.asarray([a]) for a in (-jnp.inf, 0.0, 1.0)))
-    grid = jax.tree.map(lambda *a: jnp.concatenate(a), first, rest)
-    return samplers.solve(sampler, exact.denoise, x, grid, keys)
+  def path(x, logsnr):
+    grid = jax.tree.map(lambda *a: jnp.concatenate(a), first, schedules.flow.level(logsnr))
+    return march(sampler, functools.partial(sampler.step, exact.denoise), x, grid)
 
-  for part in jax.jit(lambda *at: jax.jvp(end, at, jax.tree.map(jnp.ones_like, at)))(x, logsnr):
-    assert np.all(np.isfinite(part))
+  values, slopes = jax.jvp(path, (x, logsnr), (jnp.ones_like(x), jnp.ones_like(logsnr)))
+  assert np.all(np.isfinite(values))
+  assert np.all(np.isfinite(slopes))
 
 
 @pytest.mark.parametrize(('make', 'words'), [
