@@ -120,6 +120,7 @@ def test_steps_that_do_not_divide_the_chain():
   """DDIM's stride is T // N, so that 7 steps of 1000 are 142 apart; a trailing grid rounds each step."""
   assert steps_of(levels.leading(), 7, 1000) == [142 * i for i in range(6, -1, -1)]
   assert steps_of(levels.leading(offset=1), 7, 1000) == [142 * i + 1 for i in range(6, -1, -1)]
+  assert steps_of(levels.timesteps(), 7, 1000) == [999, 832, 666, 500, 333, 166, 0]  # halves to even
   assert steps_of(levels.trailing(), 3, 1000) == [999, 666, 332]
   assert steps_of(levels.trailing(), 16, 1000)[1:3] == [937, 874]  # 937.5 and 875: half to even, then one less
 
