@@ -48,8 +48,9 @@ def names(records: Sequence[dict], key: str) -> list[str]:
 
 
 def ratio(record: dict, floor: dict) -> str:
-  """A distance as a multiple of the floor: '1.3'."""
-  return shown(record['value'] / floor['value'])
+  """A distance as a multiple of the floor: '1.34', '24.1'."""
+  value = record['value'] / floor['value']
+  return f'{value:.2f}' if value < 10 else shown(value)
 
 
 def is_reached(record: dict, floor: dict) -> bool:
@@ -319,8 +320,8 @@ exactly: what is wrong with the samples is the sampler's own doing, and no netwo
 
 INTRODUCTION = '''<p class="narrow">On DDPM's linear schedule in equal steps of logsnr, with each sampler's defaults.
 Large: the distance to fresh data at 20 network evaluations, as a multiple of what perfect samples score (data against
-data of the same number). Small: the budget from which on samples cannot be told from data: they are no further from it
-than the worst of 20 perfect draws. Green: at 20 already. A low-dimensional toy with a perfect denoiser flatters high
+data of the same number). Small: the budget from which on this distance cannot tell samples from data: they are no further
+from it than the worst of 20 perfect draws. Green: at 20 already. A low-dimensional toy with a perfect denoiser flatters high
 orders: trained networks err, and the error of a network is not among these numbers.</p>'''
 SCHEDULES = '''<p class="narrow">Each schedule in equal steps of its own time, both ends included, so that the schedule
 decides which noise levels are visited. Multiples of the floor at 20 evaluations; small: at 10 and 50. Some schedules

@@ -21,7 +21,7 @@ OUT = pathlib.Path('runs/analytic')
 SAMPLED = ('ellipse', 'three', 'ring', 'digits')      # where every sampler runs
 SCHEDULED = ('three', 'moons')                        # where every schedule and every grid runs, with these samplers:
 FEW = ('ancestral', 'ddim', 'dpmpp_2m')
-PICTURED = (('ancestral', 5), ('ancestral', 20), ('ddim', 20), ('dpmpp_2m', 20), ('ancestral', 200))
+PICTURED = (('ancestral', 5), ('ancestral', 20), ('ddim', 20), ('dpmpp_2m', 20))
 TOLERANCES = (1e-1, 1e-2, 1e-3)                       # of the samplers that choose their own steps
 SHOWN = 400                                           # points, or a tenth of it images, in a picture
 
@@ -119,7 +119,7 @@ class Study:
         def sweep(data=data, name=name):
           if self.walker(data, name).sampler.calls == 0:
             return self.adapt(data, name, process, 'linear')
-          for budget in self.budgets:
+          for budget in self.budgets if data != 'digits' else self.budgets[:-1]:  # large: the last costs the most
             x0 = self.measure('samplers', data, name, 'uniform_logsnr', process, budget, 'linear', ode=True)
             if (name, budget) in PICTURED and x0 is not None:
               self.picture(data, f'{name}, {budget} evaluations', x0)
