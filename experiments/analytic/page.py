@@ -320,9 +320,9 @@ exactly: what is wrong with the samples is the sampler's own doing, and no netwo
 
 INTRODUCTION = '''<p class="narrow">On DDPM's linear schedule in equal steps of logsnr, with each sampler's defaults.
 Large: the distance to fresh data at 20 network evaluations, as a multiple of what perfect samples score (data against
-data of the same number). Small: the budget from which on this distance cannot tell samples from data: they are no further
-from it than the worst of 20 perfect draws. Green: at 20 already. A low-dimensional toy with a perfect denoiser flatters high
-orders: trained networks err, and the error of a network is not among these numbers.</p>'''
+data of the same number). Small: the budget from which on this distance cannot tell samples from data: they are no
+further from it than the worst of 20 perfect draws. Green: at 20 already. A low-dimensional toy with a perfect denoiser
+flatters high orders: trained networks err, and the error of a network is not among these numbers.</p>'''
 SCHEDULES = '''<p class="narrow">Each schedule in equal steps of its own time, both ends included, so that the schedule
 decides which noise levels are visited. Multiples of the floor at 20 evaluations; small: at 10 and 50. Some schedules
 end far from pure noise, or stop far from data, and no number of steps mends that.</p>'''
