@@ -2,16 +2,19 @@
 import jax
 import jax.numpy as jnp
 
+from diffusion_jax.core.types import expand
+
 WEIGHTS, MEANS, STDS = (0.3, 0.7), (-0.8, 0.5), (0.15, 0.3)
 
 
 def denoise(x, level):
-  """E[x0 | x] for x = alpha x0 + sigma eps, element by element; level's fields are scalars."""
+  """E[x0 | x] for x = alpha x0 + sigma eps, element by element."""
   w, m, s = (jnp.asarray(a, x.dtype).reshape((2,) + (1,) * x.ndim) for a in (WEIGHTS, MEANS, STDS))
-  variance = (level.alpha * s) ** 2 + level.sigma ** 2
-  residual = x - level.alpha * m
+  alpha, sigma = expand(level.alpha, x), expand(level.sigma, x)
+  variance = (alpha * s) ** 2 + sigma ** 2
+  residual = x - alpha * m
   r = jax.nn.softmax(jnp.log(w) - 0.5 * jnp.log(variance) - 0.5 * residual ** 2 / variance, axis=0)
-  return jnp.sum(r * (m + level.alpha * s ** 2 / variance * residual), axis=0)
+  return jnp.sum(r * (m + alpha * s ** 2 / variance * residual), axis=0)
 
 
 def moments():

@@ -1,4 +1,6 @@
 """Laws and closed forms of the single-step samplers, each its own."""
+import functools
+
 import exact
 import jax
 import jax.numpy as jnp
@@ -10,6 +12,8 @@ from diffusion_jax.core.types import Denoiser, Level
 
 KEYS = jax.random.split(jax.random.key(3), 4)
 SHAPE = (4, 4, 3)
+# Each program runs once: optimising it would take longer than all the rest.
+quick = functools.partial(jax.jit, compiler_options={'xla_backend_optimization_level': 0})
 
 
 def start(grid):
@@ -25,7 +29,7 @@ def test_samples_are_the_same_along_every_path(sampler):
     x, ends = jax.random.normal(jax.random.key(1), (4, *SHAPE), jnp.float64), []
     for path in schedules.PATHS:
       grid = levels.uniform_logsnr()(schedules.on_path(schedules.linear(), path.name), 8, None)
-      run = jax.jit(lambda x, grid: samplers.solve(sampler, exact.denoise, start(grid).sigma * x, grid, KEYS))
+      run = quick(lambda x, grid: samplers.solve(sampler, exact.denoise, start(grid).sigma * x, grid, KEYS))
       ends.append(run(x, grid))
   np.testing.assert_allclose(ends, np.broadcast_to(ends[0], np.shape(ends)), rtol=1e-9, atol=1e-9)
 
@@ -126,7 +130,7 @@ def test_inversion_returns_to_the_start():
     for n in (250, 500):
       grid = levels.uniform_logsnr()(schedules.cosine_continuous(-6, 12), n + 1, None)
 
-      @jax.jit
+      @quick
       def back_and_forth(x0, grid=grid):
         noise = samplers.invert(exact.denoise, x0, grid)
         return noise, samplers.solve(samplers.ddim(), exact.denoise, noise, grid, KEYS)
