@@ -262,10 +262,10 @@ def test_bounds_have_gradients_from_alpha_zero_on(estimator):
   """The gain that minimises each bound is the exact denoiser's; zero terminal SNR and values at the edges included."""
   process = schedules.zero_terminal_snr(schedules.linear(10))
   grid = levels.timesteps()(process, 10)
-  x0 = bytes_of(3000, 4)[0].at[0].set(1.0).at[1].set(-1.0)
+  x0 = bytes_of(3000, 4, 0.05)[0].at[0].set(1.0).at[1].set(-1.0)
 
   def bound(scale, key):
-    denoise = lambda x, level: scale * gaussian(x, level)
+    denoise = lambda x, level: scale * gaussian(x, level, 0.05)
     if estimator == 'discrete':
       return likelihood.discrete_vlb(denoise, grid, x0, jax.random.split(key, 3000)).steps[:-1].sum(0).mean()
     return likelihood.continuous_vlb(denoise, process, x0, key).diffusion.mean()
