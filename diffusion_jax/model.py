@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from diffusion_jax.core import diffusion, ema, guidance, levels, losses, samplers, schedules, targets
@@ -131,12 +132,16 @@ class Model(NamedTuple):
   codec: codecs.Pixels
   shape: tuple[int, ...]  # (*S, C)
   num_classes: int        # labels that the net knows; 0: none
+  draw: levels.Draw
+  weight: losses.Weight
 
   def init(self, key: Array) -> dict[str, Any]:
-    """The parameters {'net': ..., 'process': ...}."""
+    """The parameters {'net': ..., 'process': ...}, and 'weight' if the weight has its own."""
     net_key, process_key = jax.random.split(key)
     variables = self.net.init(net_key, jnp.zeros((1, *self.shape)), jnp.zeros(1), self.cond(jnp.zeros(1, jnp.int32)))
-    return {'net': variables['params'], 'process': self.diffusion.process.init(process_key)}
+    params = {'net': variables['params'], 'process': self.diffusion.process.init(process_key)}
+    own = self.weight.init(jax.random.fold_in(key, 2))
+    return params | {'weight': own} if own else params
 
   def cond(self, labels: Array, drop: Array | None = None) -> dict[str, Array]:
     """What the net is conditioned on, for labels [B]; those with `drop` [B] are the null class."""
@@ -167,10 +172,42 @@ def make(config: Config, shape: tuple[int, ...], num_classes: int) -> Model:
     raise UserError(f'config.net.num_classes is {wanted}, but the data has {num_classes} classes: set it to '
                     f'{num_classes}' + (', or to 0 to ignore the labels' if num_classes else ''))
   model = Model(config, net, Diffusion(build(config.process), build(config.target), build(config.noise)),
-                codecs.Pixels(), tuple(shape), wanted)
+                codecs.Pixels(), tuple(shape), wanted, build(config.draw), build(config.weight))
   with explain('config.net'):
-    jax.eval_shape(model.init, jax.random.key(0))
+    out = jax.eval_shape(lambda key: model.denoiser(model.init(key), model.cond(jnp.zeros(1, jnp.int32))).both(
+        jnp.zeros((1, *shape)), model.diffusion.process.path.level(jnp.zeros(1))), jax.random.key(0))
+  _check_fits(model, has_variance=out[1] is not None)
   return model
+
+
+def _check_fits(model: Model, has_variance: bool) -> None:
+  """Raises UserError for parts of a config that cannot work together, each of them right by itself."""
+  config, process, weight = model.config, model.diffusion.process, model.weight
+  name = lambda part: part.fn.partition(':')[2]
+  start = process.init(jax.random.key(0))
+  if jax.tree.leaves(start) and not weight.ends:
+    raise UserError(f'config.process {name(config.process)} is learned, and config.weight {name(config.weight)} would '
+                    f'only drive it to where the loss is low: take the weight vlb or likelihood')
+  if weight.bound and not process.num_steps:
+    raise UserError(f'config.weight {name(config.weight)} needs the steps of a chain, and config.process '
+                    f'{name(config.process)} is in continuous time: take a schedule with num_steps')
+  if bool(weight.bound) != has_variance:
+    raise UserError(f'config.weight {name(config.weight)} trains a variance output, and config.net has none: give it '
+                    f'twice the channels' if weight.bound else
+                    f'config.net has a variance output, and config.weight {name(config.weight)} does not train it: '
+                    f'take the weight hybrid')
+  sampler = config.sample.sampler
+  if name(sampler) == 'ancestral_learned':
+    if not has_variance:
+      raise UserError('config.sample.sampler ancestral_learned needs a net with a variance output, and this one has '
+                      'none: take ancestral')
+    if sampler.kind != config.weight.get('variance', sampler.kind):
+      raise UserError(f'config.sample.sampler reads the variance output as {sampler.kind!r}, and config.weight trains '
+                      f'it as {config.weight.variance!r}: they must be the same')
+  ends = process.path.level(jnp.asarray(schedules.evaluate(process, [0.0, 1.0], start), jnp.float32))
+  if not all(np.isfinite(c).all() for c in targets.on(model.diffusion.target, process, start).coeffs(ends)):
+    raise UserError(f'config.target {name(config.target)} says nothing of x0 where config.process '
+                    f'{name(config.process)} leaves no signal (alpha = 0 at t = 1): take v or x0')
 
 
 def key(seed: int, purpose: str) -> Array:
@@ -228,10 +265,13 @@ def initial_state(model: Model, optimizer: optax.GradientTransformation, key: Ar
   """The state before the first step: every average starts at the parameters."""
   params = model.init(key)
   return TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=optimizer.init(params),
-                    emas={name: jax.tree.map(jnp.copy, params) for name in model.config.ema})
+                    emas={name: jax.tree.map(jnp.copy, params) for name in model.config.ema},
+                    draw=model.draw.init(model.diffusion.process))
 
 
 def abstract_state(model: Model, mesh: jax.sharding.Mesh) -> TrainState:
   """Shapes, types and shardings of the train state on `mesh`."""
   shapes = jax.eval_shape(lambda k: initial_state(model, optimizer_of(model.config), k), jax.random.key(0))
-  return abstract_with(shapes, sharding.state(shapes, mesh))
+  where = sharding.state(shapes, mesh)
+  whole = jax.tree.map(lambda _: sharding.replicated(mesh), shapes.draw)  # every device draws from all of it
+  return abstract_with(shapes, where.replace(draw=whole))

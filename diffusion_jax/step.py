@@ -58,7 +58,7 @@ def make_step(model: Model, optimizer: optax.GradientTransformation) -> Callable
   None, and batches are themselves (images [K, B, *S, C], labels [K, B]). Randomness is a function of (seed, step).
   """
   config = model.config
-  draw, weight = build(config.draw), build(config.weight)
+  draw, process = model.draw, model.diffusion.process
   rates = {name: build(spec) for name, spec in config.ema.items()}
   size, parts = config.train.batch_size, config.train.accumulate
   root = model_lib.key(config.seed, 'train')
@@ -76,24 +76,28 @@ def make_step(model: Model, optimizer: optax.GradientTransformation) -> Callable
     def loss_of(params, i):
       # Every parts-th example: each device keeps its own.
       part = lambda tree: jax.tree.map(lambda a: a.reshape(size // parts, parts, *a.shape[1:])[:, i], tree)
-      level = part(draw(level_key, size, model.diffusion.process, params['process']))
+      level, correction = part(draw.sample(level_key, size, process, params['process'], state.draw))
       net = lambda x, noise: model.net.apply({'params': params['net']}, x, noise, part(cond), train=True,
                                              rngs={'dropout': jax.random.fold_in(dropout_key, i)})
-      losses = diffusion.loss(net, part(x0), part(eps), level, model.diffusion, weight, params['process'])
-      return losses.mean(), (losses, level.logsnr)
+      losses = diffusion.loss(net, part(x0), part(eps), level, model.diffusion, model.weight, params['process'],
+                              params.get('weight'))
+      corrected = losses * correction
+      return corrected.mean(), (losses, corrected, level)
 
     def accumulate(grads, i):
       (_, seen), more = jax.value_and_grad(loss_of, has_aux=True)(state.params, i)
       return jax.tree.map(lambda a, b: a + b / parts, grads, more), seen
 
     zeros = jax.tree.map(jnp.zeros_like, state.params)
-    grads, (losses, logsnr) = loop(accumulate, zeros, jnp.arange(parts))
+    grads, seen = loop(accumulate, zeros, jnp.arange(parts))
+    losses, corrected, level = jax.tree.map(lambda a: a.swapaxes(0, 1).ravel(), seen)  # in the batch's order again
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     emas = {name: ema.update(average, params, rates[name](state.step, size)) for name, average in state.emas.items()}
     metrics = metrics.merge(Metrics.single_from_model_output(
-        loss=losses.mean(), grad_norm=optax.tree.norm(grads), losses=losses.ravel(), logsnr=logsnr.ravel()))
-    return (TrainState(state.step + 1, params, opt_state, emas), metrics), None
+        loss=corrected.mean(), grad_norm=optax.tree.norm(grads), losses=losses, logsnr=level.logsnr))
+    remembered = draw.update(state.draw, level, losses, process, state.params['process'])
+    return (TrainState(state.step + 1, params, opt_state, emas, remembered), metrics), None
 
   def steps(state, metrics, data, batches):
     fetch = lambda batch: jax.tree.map(lambda a: a[batch], data) if data else batch

@@ -87,7 +87,9 @@ def parse_call(text: str, module: Any) -> Config:
     call = ast.parse(text if arguments else f'{name}()', mode='eval').body
     if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name):
       raise ValueError('not one call')
-    keywords = {k.arg: ast.literal_eval(k.value) for k in call.keywords}
+    # A call within the call is of the same module: 'shifted(process=cosine_continuous(logsnr_min=-10.0))'.
+    keywords = {k.arg: parse_call(ast.unparse(k.value), module) if isinstance(k.value, ast.Call)
+                else ast.literal_eval(k.value) for k in call.keywords}
   except (SyntaxError, ValueError, TypeError) as e:
     raise UserError(f'{text!r} cannot be read: write {name} or {name}(argument=value, ...)') from e
   if call.args or None in keywords:

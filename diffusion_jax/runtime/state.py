@@ -1,4 +1,5 @@
 """What training carries from step to step."""
+import dataclasses
 import hashlib
 from collections.abc import Iterator
 from typing import Any
@@ -6,18 +7,36 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import struct
 
 Tree = Any
 
 
-@struct.dataclass
+@dataclasses.dataclass(frozen=True)
 class TrainState:
-  """step: steps taken, int32 []; params; opt_state: optax's; emas: {name: average of params}."""
+  """step: steps taken, int32 []; params; opt_state: optax's; emas: {name: average of params}; draw: what the draw of
+  levels remembers, () for most."""
   step: jax.Array
   params: Tree
   opt_state: Tree
   emas: dict[str, Tree]
+  draw: Tree = ()
+
+  def replace(self, **changes: Any) -> 'TrainState':
+    """The state with some fields changed."""
+    return dataclasses.replace(self, **changes)
+
+
+def _is_empty(tree: Tree) -> bool:
+  return isinstance(tree, tuple) and not tree
+
+
+def _flatten_with_keys(state: TrainState):
+  # While it is (), `draw` is no node of the tree: Orbax would ask for it in checkpoints that never had one.
+  names = [f.name for f in dataclasses.fields(state) if f.name != 'draw' or not _is_empty(state.draw)]
+  return [(jax.tree_util.GetAttrKey(name), getattr(state, name)) for name in names], len(names)
+
+
+jax.tree_util.register_pytree_with_keys(TrainState, _flatten_with_keys, lambda _, fields: TrainState(*fields))
 
 
 def named_leaves(tree: Tree) -> Iterator[tuple[str, Any]]:
