@@ -12,12 +12,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
 from diffusion_jax import model as model_lib
-from diffusion_jax.core import levels, samplers
-from diffusion_jax.core.types import Array
+from diffusion_jax.core import adaptive, guidance, levels, samplers
+from diffusion_jax.core.types import Array, Denoise
 from diffusion_jax.model import Model, Trained
 from diffusion_jax.runtime import command, log, sharding
 from diffusion_jax.runtime.config import Config, UserError, build, explain, parse_call
@@ -29,51 +30,81 @@ LINE = 96  # the grey between two images
 class Generator:
   """generate(params, ids, labels) -> images, compiled once for one batch shape.
 
-  config: the sampling settings (`sampler`, `grid`, `steps`, `guidance`, `batch_size`); seed: of all samples.
+  config: the sampling settings (`sampler`, `grid`, `steps`, `guidance`, `clip`, `batch_size`); seed: of all samples.
+  negative: the class that guidance leads away from; -1: from the model without a class.
   """
 
-  def __init__(self, model: Model, config: Config, seed: int, mesh: jax.sharding.Mesh, trajectory: bool = False):
+  def __init__(self, model: Model, config: Config, seed: int, mesh: jax.sharding.Mesh, trajectory: bool = False,
+               negative: int = -1):
     with explain('sampling'):
       sharding.check_divides(mesh, config.batch_size, 'batch_size')
     self.sampler = build(config.sampler)
+    process, grid = model.diffusion.process, build(config.grid)
+    self._grid_of = lambda params: grid(process, config.steps, params)
     with explain('sampling'):
-      self.grid = build(config.grid)(model.diffusion.process, config.steps, None)
+      self.grid = self._grid_of(process.init(jax.random.key(0)))  # of a learned schedule: made again from its params
     if config.guidance != 1 and not model.num_classes:
       raise UserError(f'guidance {config.guidance} needs a model with classes, and this one has none: use guidance 1')
-    self.nfe = self.sampler.nfe(config.steps) * (1 if config.guidance == 1 else 2)
+    if negative >= 0 and config.guidance == 1:
+      raise UserError('a negative class needs guidance: give --guidance other than 1')
     self.batch_size, self.trajectory, self.mesh = config.batch_size, trajectory, mesh
+    self._calls = self.sampler.nfe(config.steps) if self.sampler.calls else []  # a list: each sample has its own
+    self._networks = 1 if config.guidance == 1 else 2
     self._compiled = None
     self.compile_seconds = 0.0
     root = model_lib.key(seed, 'sample')
-    first = jax.tree.map(lambda a: a[0], self.grid)
+    counts = not self.sampler.calls and not trajectory
+    sampler = adaptive.counted(self.sampler) if counts else self.sampler
 
-    def generate(params, ids, labels):
+    def generate(params, grid, ids, labels):
       keys = jax.vmap(lambda i: jax.random.fold_in(root, i))(ids)
-      denoise = model.sampling_denoiser(params, labels, config.guidance)
-      x = samplers.prior(keys, model.shape, first)
-      return jax.tree.map(model.codec.decode, samplers.solve(self.sampler, denoise, x, self.grid, keys, trajectory))
+      ref = model.cond(labels, jnp.ones(labels.shape, bool)) if negative < 0 else model.cond(0 * labels + negative)
+      denoise = guided(model.denoiser(params, model.cond(labels)), model.denoiser(params, ref), config)
+      x = samplers.prior(keys, model.shape, jax.tree.map(lambda a: a[0], grid))
+      found = samplers.solve(sampler, denoise, x, grid, keys, trajectory)
+      images, calls = found if counts else (found, ())
+      return jax.tree.map(model.codec.decode, images), calls
 
     self._generate = jax.jit(generate)
+
+  @property
+  def nfe(self) -> int:
+    """Network evaluations for a sample; of an adaptive sampler, the mean of those drawn so far, 0 before the first."""
+    calls = self._calls if isinstance(self._calls, int) else math.ceil(np.mean(self._calls or [0]))
+    return calls * self._networks
 
   def compile(self, params: Any) -> 'jax.stages.Compiled':
     """Compiles, once, and notes the seconds it took."""
     if self._compiled is None:
       start = time.perf_counter()
-      self._compiled = self._generate.lower(params, *self._put(np.zeros(0), np.zeros(0))).compile()
+      self._compiled = self._generate.lower(*self._arguments(params, np.zeros(0), np.zeros(0))).compile()
       self.compile_seconds = time.perf_counter() - start
     return self._compiled
 
   def __call__(self, params: Any, ids: Sequence[int], labels: Sequence[int]) -> Any:
     """uint8 images [n, *S, C] of at most batch_size ids; with a trajectory (images, (x [N, n, ...], x0 estimate))."""
-    out = jax.device_get(self.compile(params)(params, *self._put(np.asarray(ids), np.asarray(labels))))
+    compiled = self.compile(params)
+    out, calls = jax.device_get(compiled(*self._arguments(params, np.asarray(ids), np.asarray(labels))))
+    if len(calls):
+      self._calls += calls[:len(ids)].tolist()
     if not self.trajectory:
       return out[:len(ids)]
     return out[0][:len(ids)], jax.tree.map(lambda a: a[:, :len(ids)], out[1])
+
+  def _arguments(self, params: Any, ids: np.ndarray, labels: np.ndarray) -> tuple:
+    grid = self._grid_of(params['process']) if jax.tree.leaves(params['process']) else self.grid
+    return params, jax.device_put(grid, sharding.replicated(self.mesh)), *self._put(ids, labels)
 
   def _put(self, ids: np.ndarray, labels: np.ndarray) -> tuple[Array, Array]:
     padded = lambda a, dtype: np.resize(a, self.batch_size).astype(dtype)  # repeats, or zeros from an empty array
     arrays = padded(ids, np.uint32), padded(labels, np.int32)
     return tuple(sharding.put_batch(a, self.mesh) for a in arrays)
+
+
+def guided(denoise: Denoise, ref: Denoise, config: Config) -> Denoise:
+  """`denoise` led away from `ref`, as the sampling settings say."""
+  denoise = guidance.cfg(denoise, ref, config.guidance)
+  return guidance.clip(denoise) if config.clip else denoise
 
 
 def labels_of(ids: Sequence[int], num_classes: int, labels: Sequence[int] = ()) -> list[int]:
@@ -190,6 +221,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   add_flags(p)
   p.add_argument('--ids', help='which samples, such as 3,5,10-12 (instead of --num)')
   p.add_argument('--labels', help='their classes in turn, by number or name: 7, or cat,dog (default: every class)')
+  p.add_argument('--negative', help='the class that guidance leads away from (default: from no class)')
   p.add_argument('--trajectory', action='store_true', help='also a strip and a GIF of x and of the x0 estimate')
   p.add_argument('--out', help='a folder, or FILE.npz, or FILE.png for the grid alone (default: WORKDIR/samples/final)')
   flags, overrides = p.parse(argv)
@@ -199,9 +231,12 @@ def main(argv: Sequence[str] | None = None) -> int:
   trained, config = open_run(flags)
   model = trained.model
   labels = labels_of(ids if not flags.labels else range(len(ids)), model.num_classes,
-                     _labels(flags.labels, model, trained.class_names))
+                     _labels('--labels', flags.labels, model, trained.class_names))
+  negatives = _labels('--negative', flags.negative, model, trained.class_names) or [-1]
+  if len(negatives) > 1:
+    raise UserError(f'--negative must be one class, got {flags.negative!r}')
 
-  generator = Generator(model, config, flags.seed, trained.mesh)
+  generator = Generator(model, config, flags.seed, trained.mesh, negative=negatives[0])
   generator.compile(trained.params)
   start = time.perf_counter()
   images = np.concatenate([generator(trained.params, ids[i:i + config.batch_size], labels[i:i + config.batch_size])
@@ -219,7 +254,7 @@ def main(argv: Sequence[str] | None = None) -> int:
       log.write(out / f'{i:06d}.png', png(image))
   if flags.trajectory:
     count = min(STRIP_IMAGES, len(ids))
-    tracer = Generator(model, config, flags.seed, trained.mesh, trajectory=True)
+    tracer = Generator(model, config, flags.seed, trained.mesh, trajectory=True, negative=negatives[0])
     _, (x, x0) = tracer(trained.params, ids[:count], labels[:count])
     write_trajectory(out if not out.suffix else out.parent, x, x0)
   print(f'{len(ids)} samples, {generator.nfe} network calls each, {len(ids) / seconds:.1f} samples/s '
@@ -233,17 +268,17 @@ def _grid(images: np.ndarray, model: Model) -> np.ndarray:
   return tile(images, columns_of(model, len(images)))
 
 
-def _labels(text: str | None, model: Model, class_names: tuple[str, ...]) -> list[int]:
+def _labels(flag: str, text: str | None, model: Model, class_names: tuple[str, ...]) -> list[int]:
   """The labels that a flag names."""
   if not text:
     return []
   if not model.num_classes:
-    raise UserError(f'--labels={text} needs a model with classes, and this one has none')
+    raise UserError(f'{flag}={text} needs a model with classes, and this one has none')
   numbers = []
   for word in text.split(','):
     number = class_names.index(word) if word in class_names else int(word) if word.isdigit() else -1
     if not 0 <= number < model.num_classes:
-      raise UserError(f'--labels: {word!r} is no class: there are 0 to {model.num_classes - 1}, '
+      raise UserError(f'{flag}: {word!r} is no class: there are 0 to {model.num_classes - 1}, '
                       f'named {", ".join(class_names[:20])}')
     numbers.append(number)
   return numbers

@@ -135,7 +135,7 @@ def test_steps_of_one_size_have_the_order_that_is_claimed(name):
 def test_the_pair_of_dormand_and_prince_meets_the_conditions_of_its_orders():
   """Rows sum to their nodes; sum b c^k = 1 / (k + 1) up to order 4 and 5; sum b A c = 1 / 6 (Butcher)."""
   nodes = np.array([0, *adaptive.NODES])
-  A = np.array([(*row, *[0] * (7 - len(row))) for row in ((), *adaptive.STAGES)])
+  A = np.array([[0] * 7, *adaptive.STAGES])
   np.testing.assert_allclose(A.sum(1), nodes, atol=1e-14)
   for weights, order in ((A[-1], 5), (np.array(adaptive.FOURTH), 4)):
     for k in range(order):

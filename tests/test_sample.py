@@ -64,18 +64,35 @@ def test_the_seed_and_the_label_matter(model, params, sixteen):
 
 
 def test_guidance_is_off_at_one_and_acts_above(model, params):
-  """At scale s the x0 estimate is linear in s, so the first of a one-step grid shows it."""
-  process = model.diffusion.process
-  x, level = jax.random.normal(jax.random.key(0), (4, 8, 8, 1)), process.level(1.0)
-  with model.config.unlocked():
-    model.config.sample.clip = False
+  """Towards the class, away from the model without one, or from a negative class; the last call shows it."""
+  x, level = jax.random.normal(jax.random.key(0), (4, 8, 8, 1)), model.diffusion.process.level(1.0)
   labels = np.arange(4)
-  estimate = {s: np.asarray(model.sampling_denoiser(params, labels, s)(x, level)) for s in (0.0, 1.0, 3.0)}
-  with model.config.unlocked():
-    model.config.sample.clip = True
-  null = model.denoiser(params, {'label': labels, 'drop': np.ones(4, bool)})(x, level)
-  np.testing.assert_allclose(estimate[0.0], null, rtol=1e-4, atol=1e-4)
-  np.testing.assert_allclose(estimate[3.0] - estimate[0.0], 3 * (estimate[1.0] - estimate[0.0]), rtol=1e-2, atol=1e-2)
+  cond, null, seven = (model.denoiser(params, model.cond(*given)) for given in (
+      (labels,), (labels, np.ones(4, bool)), (np.full(4, 7),)))
+  for ref in (null, seven):
+    at = lambda scale, clip=False, ref=ref: np.asarray(
+        sample.guided(cond, ref, Config({'guidance': scale, 'clip': clip}))(x, level))
+    np.testing.assert_allclose(at(1.0), cond(x, level), rtol=1e-5)
+    np.testing.assert_allclose(at(0.0), ref(x, level), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(at(3.0) - at(0.0), 3 * (at(1.0) - at(0.0)), rtol=1e-2, atol=1e-2)
+    np.testing.assert_array_equal(at(3.0, clip=True), np.clip(at(3.0), -1, 1))
+
+
+def test_an_adaptive_sampler_says_what_it_took(model, params, sixteen):
+  """One image per id in any batch, and the mean of the calls that each sample asked for, guided or not."""
+  mesh = sharding.make_mesh(1, 1)
+  found = {}
+  for size in (4, 3):
+    config = Config({**model.config.sample, 'batch_size': size, 'guidance': 2.0,
+                     'sampler': sample.parse_call('rk45(rtol=0.01, atol=0.01)', sample.samplers)})
+    generator = sample.Generator(model, config, 0, mesh)
+    assert generator.nfe == 0
+    placed = jax.device_put(params, sharding.replicated(mesh))
+    images = [generator(placed, ids, ids) for ids in ([0, 1, 2, 3][i:i + size] for i in range(0, 4, size))]
+    found[size] = np.concatenate(images), generator.nfe
+  assert np.abs(found[4][0].astype(int) - found[3][0].astype(int)).max() <= 1
+  assert found[4][1] == found[3][1] > 2 * (6 + 2)
+  assert found[4][1] % 2 == 0
 
 
 def test_labels_cycle():
@@ -119,11 +136,12 @@ def test_the_command_writes_grid_files_and_trajectory(tiny_run, tmp_path, capsys
 
 def test_the_raw_parameters_and_an_older_checkpoint_can_be_sampled(tiny_run, tmp_path):
   images = []
-  for flags in ([], ['--ema=raw'], ['--step=24'], ['--sampler=heun', '--steps=3'], ['--guidance=2']):
+  for flags in ([], ['--ema=raw'], ['--step=24'], ['--sampler=heun', '--steps=3'], ['--guidance=2'],
+                ['--guidance=2', '--negative=7']):
     assert command.run(sample.main, [f'--workdir={tiny_run}', '--num=4', f'--out={tmp_path}/x.npz', *flags]) == 0
     with np.load(tmp_path / 'x.npz') as file:
       images.append(file['image'])
-  assert len({image.tobytes() for image in images}) == 5
+  assert len({image.tobytes() for image in images}) == 6
 
 
 @pytest.mark.parametrize(('flags', 'words'), [
@@ -136,6 +154,9 @@ def test_the_raw_parameters_and_an_older_checkpoint_can_be_sampled(tiny_run, tmp
     (['--num=0'], '--num must be at least 1, got 0'),
     (['--ids=3-'], "--ids must be numbers like 3,5,10-12, got '3-'"),
     (['--labels=12'], "'12' is no class: there are 0 to 9"),
+    (['--negative=12', '--guidance=2'], "--negative: '12' is no class: there are 0 to 9"),
+    (['--negative=1,2', '--guidance=2'], "--negative must be one class, got '1,2'"),
+    (['--negative=7'], 'a negative class needs guidance'),
     (['--ema=mian'], "no average 'mian' in this run; did you mean 'main'?"),
     (['--step=7'], 'no checkpoint at step 7: there is 24, 32'),
     (['--guidence=2'], "no flag '--guidence=2'; did you mean '--guidance'?"),

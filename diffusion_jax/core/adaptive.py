@@ -19,10 +19,12 @@ __all__ = ['dpm_adaptive', 'rk45']
 
 # Dormand & Prince 1980, table 2: the fifth-order weights are the last row, since its slope is the next step's first.
 NODES = (1 / 5, 3 / 10, 4 / 5, 8 / 9, 1, 1)
-STAGES = ((1 / 5,), (3 / 40, 9 / 40), (44 / 45, -56 / 15, 32 / 9),
-          (19372 / 6561, -25360 / 2187, 64448 / 6561, -212 / 729),
-          (9017 / 3168, -355 / 33, 46732 / 5247, 49 / 176, -5103 / 18656),
-          (35 / 384, 0, 500 / 1113, 125 / 192, -2187 / 6784, 11 / 84))
+STAGES = ((1 / 5, 0, 0, 0, 0, 0, 0),
+          (3 / 40, 9 / 40, 0, 0, 0, 0, 0),
+          (44 / 45, -56 / 15, 32 / 9, 0, 0, 0, 0),
+          (19372 / 6561, -25360 / 2187, 64448 / 6561, -212 / 729, 0, 0, 0),
+          (9017 / 3168, -355 / 33, 46732 / 5247, 49 / 176, -5103 / 18656, 0, 0),
+          (35 / 384, 0, 500 / 1113, 125 / 192, -2187 / 6784, 11 / 84, 0))
 FOURTH = (5179 / 57600, 0, 7571 / 16695, 393 / 640, -92097 / 339200, 187 / 2100, 1 / 40)
 
 SAFETY, SHRINK, GROW = 0.9, 0.2, 5.0  # of the step size, after each attempt
@@ -67,12 +69,16 @@ def rk45(rtol: float = 1e-4, atol: float = 1e-4, max_steps: int = 1000) -> Sampl
     return sigma * x0 - alpha * (x - alpha * x0) / sigma
 
   def attempt(denoise, x, known, u, h):
-    slopes = [known]
-    moved = lambda row: x + expand(h, x) * sum(a * k for a, k in zip(row, slopes, strict=True))
-    for node, row in zip(NODES, STAGES, strict=True):
-      high = moved(row)
-      slopes.append(slope(denoise, high, level(u + node * h)))
-    return moved(FOURTH), high, slopes[-1]
+    moved = lambda row, slopes: x + expand(h, x) * jnp.sum(expand(row, slopes) * slopes, 0)
+
+    def stage(carry, i):  # a loop, so that the network is compiled once and not six times
+      slopes = carry[0]
+      high = moved(jnp.asarray(STAGES, x.dtype)[i], slopes)
+      return (slopes.at[i + 1].set(slope(denoise, high, level(u + jnp.asarray(NODES, x.dtype)[i] * h))), high), None
+
+    slopes = jnp.zeros((7, *x.shape), x.dtype).at[0].set(known)
+    (slopes, high), _ = jax.lax.scan(stage, (slopes, x), jnp.arange(6))
+    return moved(jnp.asarray(FOURTH, x.dtype), slopes), high, slopes[-1]
 
   return _sampler(Method(
       u=lambda at: jnp.arctan2(at.alpha, at.sigma), level=level, attempt=attempt, calls=6, order=5, first=0.1,
