@@ -1,4 +1,5 @@
 """Every sampler and schedule on data whose best denoiser is known: python -m experiments.analytic.run --help."""
+import itertools
 import json
 import pathlib
 import sys
@@ -98,15 +99,16 @@ class Study:
       self.record(data, 'nearest_training_digit', float(np.mean(near)), **settings)
 
   def attempt(self, kind: str, name: str, do: Callable[[], None]) -> None:
-    """Runs `do`, unless others were asked for; what cannot run is skipped with its reason, once."""
+    """Runs `do`, unless others were asked for; what cannot run is skipped, and its reason printed once."""
     what = f'{kind} {name}'
-    if (self.only and name not in self.only) or what in self.skipped:
+    if self.only and name not in self.only:
       return
     try:
       do()
     except (ValueError, TypeError, NotImplementedError) as e:
-      self.skipped[what] = str(e).split('\n')[0]
-      print(f'skipped {what}: {self.skipped[what]}', flush=True)
+      if what not in self.skipped:
+        self.skipped[what] = str(e).split('\n')[0]
+        print(f'skipped {what}: {self.skipped[what]}', flush=True)
 
   # The three sweeps
 
@@ -147,12 +149,10 @@ class Study:
   def all_grids(self) -> None:
     """Every grid on DDPM's linear chain."""
     began, process = time.perf_counter(), schedules.linear()
-    for name in levels.GRIDS:
-      def sweep(name=name):
-        for data in SCHEDULED[:1] if self.quick else SCHEDULED:
-          for sampler in FEW:
-            for budget in self.budgets:
-              self.measure('grids', data, sampler, name, process, budget, 'linear')
+    for name, data, sampler in itertools.product(levels.GRIDS, SCHEDULED[:1] if self.quick else SCHEDULED, FEW):
+      def sweep(name=name, data=data, sampler=sampler):
+        for budget in self.budgets[:5]:
+          self.measure('grids', data, sampler, name, process, budget, 'linear')
       self.attempt('grid', name, sweep)
     print(f'every grid in {time.perf_counter() - began:.0f} s', flush=True)
 
