@@ -8,6 +8,7 @@ COMMANDS = {
     'sample': 'draws images from a trained model',
     'evaluate': 'scores a trained model against real images',
     'report': 'makes one HTML page from run folders',
+    'posthoc_ema': 'makes an average of any length from the snapshots of a run',
 }
 
 
@@ -17,7 +18,7 @@ def main() -> int:
   if not words or words[0] in ('-h', '--help', 'help'):
     print('usage: diffusion-jax COMMAND [flags]\n')
     for name, what in COMMANDS.items():
-      print(f'  {name:10}{what}')
+      print(f'  {name:13}{what}')
     print('\ndiffusion-jax COMMAND --help lists the flags of a command.')
     return 0
   name, *rest = words

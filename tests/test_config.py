@@ -165,7 +165,7 @@ def test_calls_are_read(text, arguments):
 @pytest.mark.parametrize(('text', 'words'), [
     ('dimm', "no 'dimm'; did you mean 'ddim'"), ('', "no ''"), ('jnp', "no 'jnp'"), ('_any', "no '_any'"),
     ('ddim(0.5)', 'by name'), ('ddim(**{})', 'cannot be read|by name'), ('ddim(eta=0.5', 'cannot be read'),
-    ('ddim(eta=)', 'cannot be read'), ('ddim(eta=x)', 'cannot be read'), ('ddim(eta=open("x"))', 'cannot be read'),
+    ('ddim(eta=)', 'cannot be read'), ('ddim(eta=x)', 'cannot be read'), ('ddim(eta=open("x"))', "has no 'open'"),
     ('ddim(eta={[]: 1})', 'cannot be read'), ('ddim(eta=1).x', 'cannot be read'),
     ('ddim(eta=1)(eta=2)', 'cannot be read'),
     ('ddim(eta=1) + 2', 'cannot be read'), ('ddim(eeta=1)', "no argument 'eeta'; did you mean 'eta'")])

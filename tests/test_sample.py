@@ -78,12 +78,18 @@ def test_guidance_is_off_at_one_and_acts_above(model, params):
     np.testing.assert_array_equal(at(3.0, clip=True), np.clip(at(3.0), -1, 1))
 
 
+def test_guidance_doubles_the_network_calls(model):
+  nfe = [sample.Generator(model, Config({**model.config.sample, 'guidance': scale}), 0, sharding.make_mesh(1, 1)).nfe
+         for scale in (1.0, 0.0, 2.0)]
+  assert nfe == [4, 8, 8]
+
+
 def test_an_adaptive_sampler_says_what_it_took(model, params, sixteen):
-  """One image per id in any batch, and the mean of the calls that each sample asked for, guided or not."""
+  """One image per id in any batch, and the mean of the calls that each sample asked for."""
   mesh = sharding.make_mesh(1, 1)
   found = {}
   for size in (4, 3):
-    config = Config({**model.config.sample, 'batch_size': size, 'guidance': 2.0,
+    config = Config({**model.config.sample, 'batch_size': size, 'guidance': 1.0,
                      'sampler': sample.parse_call('rk45(rtol=0.01, atol=0.01)', sample.samplers)})
     generator = sample.Generator(model, config, 0, mesh)
     assert generator.nfe == 0
@@ -91,8 +97,7 @@ def test_an_adaptive_sampler_says_what_it_took(model, params, sixteen):
     images = [generator(placed, ids, ids) for ids in ([0, 1, 2, 3][i:i + size] for i in range(0, 4, size))]
     found[size] = np.concatenate(images), generator.nfe
   assert np.abs(found[4][0].astype(int) - found[3][0].astype(int)).max() <= 1
-  assert found[4][1] == found[3][1] > 2 * (6 + 2)
-  assert found[4][1] % 2 == 0
+  assert found[4][1] == found[3][1] > 6 + 2
 
 
 def test_labels_cycle():

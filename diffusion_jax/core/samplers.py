@@ -20,6 +20,8 @@ from diffusion_jax.core.types import Array, Denoise, Denoiser, Level, expand, re
 
 __all__ = ['ancestral', 'ancestral_learned', 'ddim', 'euler', 'euler_ancestral', 'flow_euler', 'heun', 'lcm',
            'predictor_corrector', *multistep.__all__, *adaptive.__all__]
+for _name in (*multistep.__all__, *adaptive.__all__):
+  globals()[_name].__module__ = __name__  # in configs, one name takes another's place within its module
 
 
 def ancestral(variance: float = 0.0) -> Sampler:

@@ -20,7 +20,7 @@ class Sampler(NamedTuple):
   step(denoise, x, memory, cur, nxt, z) -> (x at nxt, memory), for a standard normal z; [draws, B, *S, C] if draws > 1.
   init(x, num_levels) -> the memory before the first step.
   finish(denoise, x, memory, last, z) -> x0, from x at the last level.
-  calls: evaluations of the denoiser in a step; extra_calls: those of a whole run beyond calls * steps + 1.
+  calls: evaluations of the denoiser in a step; extra_calls: further ones, one in each of the first so many steps.
   """
   step: Callable[[Denoise, Array, Any, Level, Level, Array], tuple[Array, Any]]
   init: Callable[[Array, int], Any] = lambda x, num_levels: ()
@@ -31,7 +31,7 @@ class Sampler(NamedTuple):
 
   def nfe(self, num_steps: int) -> int:
     """Network evaluations for a grid of num_steps levels: a step between each pair, and a last call that gives x0."""
-    return (num_steps - 1) * self.calls + self.extra_calls + 1
+    return (num_steps - 1) * self.calls + min(self.extra_calls, num_steps - 1) + 1
 
 
 def independent(key: Array, i: Array, cur: Level, nxt: Level, shape: tuple[int, ...]) -> Array:
