@@ -232,8 +232,7 @@ def tiles(pictures: Sequence[tuple], data: str) -> str:
   draw = {1: histogram, 2: scatter}
   shown_ = ''.join(f'<figure>{draw.get(x0.shape[1], images)(x0)}<figcaption>{text(caption)}</figcaption></figure>'
                    for name, caption, x0 in pictures if name == data)
-  size = ' large' if data == 'digits' else ''
-  return f'<div class="tiles{size}">{shown_}</div>' if shown_ else ''
+  return f'<div class="tiles{" large" * (data == "digits")}">{shown_}</div>' if shown_ else ''
 
 
 def scatter(x0: np.ndarray) -> str:
