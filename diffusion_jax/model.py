@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from diffusion_jax.core import diffusion, ema, guidance, levels, losses, samplers, schedules, targets
+from diffusion_jax.core import diffusion, ema, levels, losses, samplers, schedules, targets
 from diffusion_jax.core.diffusion import Diffusion
 from diffusion_jax.core.types import Array, Denoise
 from diffusion_jax.nets import codecs, unet
@@ -153,15 +153,6 @@ class Model(NamedTuple):
     """The denoiser of `params`, without dropout."""
     net = lambda x, noise: self.net.apply({'params': params['net']}, x, noise, cond)
     return diffusion.denoiser(net, self.diffusion, params['process'])
-
-  def sampling_denoiser(self, params: Mapping[str, Any], labels: Array, scale: float) -> Denoise:
-    """The denoiser with the config's clipping, guided with `scale` towards labels [B]."""
-    clip = guidance.clip if self.config.sample.clip else lambda denoise: denoise
-    denoise = self.denoiser(params, self.cond(labels))
-    if scale == 1:
-      return clip(denoise)
-    null = self.denoiser(params, self.cond(labels, jnp.ones(labels.shape, bool)))
-    return clip(guidance.cfg(denoise, null, scale))
 
 
 def make(config: Config, shape: tuple[int, ...], num_classes: int) -> Model:

@@ -12,7 +12,7 @@ from clu import metrics as clu_metrics
 from flax import struct
 
 from diffusion_jax import model as model_lib
-from diffusion_jax.core import diffusion, ema
+from diffusion_jax.core import diffusion, ema, schedules
 from diffusion_jax.core.types import Array
 from diffusion_jax.model import Model
 from diffusion_jax.runtime.config import build
@@ -62,6 +62,7 @@ def make_step(model: Model, optimizer: optax.GradientTransformation) -> Callable
   rates = {name: build(spec) for name, spec in config.ema.items()}
   size, parts = config.train.batch_size, config.train.accumulate
   root = model_lib.key(config.seed, 'train')
+  schedules.check_terminal(process, process.init(root))  # warns if sampling would start where training never was
 
   def one_step(carry, batch):
     state, metrics = carry

@@ -1,4 +1,6 @@
 """Objectives that carry more than a network through the train step, and combinations that are refused beforehand."""
+import warnings
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -14,6 +16,7 @@ from diffusion_jax.runtime import config as config_lib
 from diffusion_jax.runtime import sharding
 from diffusion_jax.runtime.checkpoint import Checkpoints
 from diffusion_jax.runtime.config import UserError, build, override, parse_call, spec
+from diffusion_jax.step import make_step
 
 
 class Small(nn.Module):
@@ -141,6 +144,15 @@ def test_parts_that_fit_are_taken():
     if outputs == 2:
       config.sample.sampler = spec(samplers.ancestral_learned)
     model_lib.make(config, (8, 8, 1), 10)
+
+
+def test_a_schedule_that_never_shows_pure_noise_is_trained_with_a_warning():
+  model, optimizer = model_lib.make(small_config(process=spec(schedules.scaled_linear)), (8, 8, 1), 10), optax.sgd(0.1)
+  with pytest.warns(UserWarning, match=r'terminal SNR is 0\.0047'):
+    make_step(model, optimizer)
+  with warnings.catch_warnings():
+    warnings.simplefilter('error')
+    make_step(model_lib.make(small_config(), (8, 8, 1), 10), optimizer)
 
 
 @pytest.mark.parametrize('name', levels.DRAWS)
