@@ -210,7 +210,8 @@ def predictor_corrector(corrections: int = 1, snr: float = 0.16) -> Sampler:
   """Predictor-corrector sampling (Song et al. 2021b, algorithms 2-5): an ancestral step, then Langevin's at its level.
 
   corrections >= 1 steps of size 2 (snr |z| / |score|)^2, with each sample's own norms, so that a sample does not depend
-  on its batch. (Their VP version multiplies the size by 1 - beta_i; without, all paths give the same samples.)
+  on its batch, and at most sigma^2: in few dimensions a score may vanish. (Their VP version multiplies the size by
+  1 - beta_i; without, all paths give the same samples.)
   """
   require(corrections >= 1, f'corrections must be at least 1, got {corrections}')
   require(snr > 0, f'snr must be above 0, got {snr}')
@@ -222,6 +223,7 @@ def predictor_corrector(corrections: int = 1, snr: float = 0.16) -> Sampler:
       score = (nxt.alpha * denoise(x, nxt) - x) / nxt.sigma ** 2
       axes = tuple(range(1, x.ndim))
       size = 2 * snr ** 2 * jnp.sum(z ** 2, axes, keepdims=True) / jnp.sum(score ** 2, axes, keepdims=True)
+      size = jnp.minimum(size, nxt.sigma ** 2)
       return x + size * score + jnp.sqrt(2 * size) * z, None
 
     return jax.lax.scan(correct, x, z[1:])[0], memory
