@@ -57,6 +57,7 @@ def default_config() -> Config:
           'sample_every': 6_400_000,
           'checkpoint_every': 6_400_000,
           'keep': 2,              # checkpoints kept
+          'snapshot_every': 1_280_000,  # snapshots of averages that are power functions, for posthoc_ema
       },
       'mesh': {'data': -1, 'fsdp': 1},
       'sample': {
@@ -100,7 +101,8 @@ def check(config: Config) -> None:
 
 AT_LEAST = {
     1: ['data.channels', 'train.images', 'train.batch_size', 'train.accumulate', 'train.steps_per_call',
-        'train.log_every', 'train.sample_every', 'train.checkpoint_every', 'train.keep', 'sample.steps',
+        'train.log_every', 'train.sample_every', 'train.checkpoint_every', 'train.snapshot_every', 'train.keep',
+        'sample.steps',
         'sample.batch_size', 'eval.num_samples'],
     0: ['seed', 'data.size', 'data.max_bad', 'data.resident_gib', 'data.workers'],
 }
@@ -183,8 +185,8 @@ def _check_fits(model: Model, has_variance: bool) -> None:
     raise UserError(f'config.weight {name(config.weight)} needs the steps of a chain, and config.process '
                     f'{name(config.process)} is in continuous time: take a schedule with num_steps')
   if bool(weight.bound) != has_variance:
-    raise UserError(f'config.weight {name(config.weight)} trains a variance output, and config.net has none: give it '
-                    f'twice the channels' if weight.bound else
+    raise UserError(f'config.weight {name(config.weight)} trains a variance output, and config.net has none: set '
+                    f'config.net.variance=true' if weight.bound else
                     f'config.net has a variance output, and config.weight {name(config.weight)} does not train it: '
                     f'take the weight hybrid')
   sampler = config.sample.sampler

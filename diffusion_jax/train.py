@@ -20,6 +20,7 @@ from diffusion_jax import model as model_lib
 from diffusion_jax.core import schedules
 from diffusion_jax.data import pipeline, sources
 from diffusion_jax.model import Model
+from diffusion_jax.posthoc_ema import save_snapshot
 from diffusion_jax.runtime import checkpoint, command, log, optim, sharding
 from diffusion_jax.runtime import config as config_lib
 from diffusion_jax.runtime.config import Config, UserError, explain
@@ -83,12 +84,13 @@ class Schedule:
   log: int
   sample: int
   checkpoint: int
+  snapshot: int
 
   @classmethod
   def of(cls, train: Config) -> 'Schedule':
     calls = lambda images: max(1, -(-images // (train.batch_size * train.steps_per_call)))
     return cls(*(calls(images) * train.steps_per_call for images in
-                 (train.images, train.log_every, train.sample_every, train.checkpoint_every)))
+                 (train.images, train.log_every, train.sample_every, train.checkpoint_every, train.snapshot_every)))
 
   def due(self, every: int, step: int) -> bool:
     """Whether something done every so many steps, and at the end, is to be done after `step`."""
@@ -123,7 +125,8 @@ def write_about(workdir: pathlib.Path, model: Model, source: sources.Source, par
       'source': source.name, 'split': source.split, 'shape': source.shape, 'num_examples': len(source),
       'num_classes': source.num_classes, 'class_names': source.class_names})
   process, t = model.diffusion.process, np.linspace(0, 1, 201)
-  level = process.path.level(jnp.asarray(schedules.evaluate(process, t), jnp.float32))
+  start = process.init(model_lib.key(model.config.seed, 'init'))  # a learned schedule's: where training begins
+  level = process.path.level(jnp.asarray(schedules.evaluate(process, t, start), jnp.float32))
   log.write_json(workdir / 'schedule.json', {'t': t, **level._asdict()})
   log.write_json(workdir / 'run.json', {'started': log.now(), 'command': sys.argv, 'parameters': parameters,
                                         **log.provenance()})
@@ -205,6 +208,11 @@ def fit(model: Model, optimizer: optax.GradientTransformation, source: sources.S
       logged_step, logged_seconds = step, seconds
       if saving:
         checkpoints.save(state, {'step': step, 'images': step * config.train.batch_size, 'seconds': seconds})
+      last = time.perf_counter()
+    if schedule.due(schedule.snapshot, step):
+      jax.block_until_ready(state)
+      clock()
+      save_snapshot(workdir, config, state.emas, step * config.train.batch_size)
       last = time.perf_counter()
     if stopping:
       break

@@ -50,7 +50,7 @@ def test_build_calls_what_the_spec_names(tmp_path):
 def test_every_default_is_written():
   assert spec(unet.UNet, channels=64).to_dict() == {
       'fn': 'diffusion_jax.nets.unet:UNet', 'channels': 64, 'multipliers': (1, 2, 2, 2), 'blocks': 2,
-      'attention': (16,), 'dropout': 0.1, 'groups': 32, 'num_classes': 0, 'dtype': 'float32'}
+      'attention': (16,), 'dropout': 0.1, 'groups': 32, 'num_classes': 0, 'dtype': 'float32', 'variance': False}
 
 
 @pytest.mark.parametrize('name', ['adam', 'adamw', 'sgd', 'lion'])

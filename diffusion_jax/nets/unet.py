@@ -18,7 +18,8 @@ class UNet(nn.Module):
   one before; blocks: residual blocks per level; attention: the sizes (of the longest axis) at which self-attention
   follows each block; dropout in [0, 1); groups: of the normalisations, must divide every width; num_classes: 0, or the
   number of labels in cond['label'] [B], of which those with cond['drop'] [B] true are replaced by the null class;
-  dtype: of the products, 'float32' or 'bfloat16' (parameters, their gradients and norms stay float32).
+  dtype: of the products, 'float32' or 'bfloat16' (parameters, their gradients and norms stay float32); variance:
+  whether as many channels of a variance output follow those of F, [B, *S, 2 C].
   """
   channels: int = 128
   multipliers: Sequence[int] = (1, 2, 2, 2)
@@ -28,6 +29,7 @@ class UNet(nn.Module):
   groups: int = 32
   num_classes: int = 0
   dtype: str = 'float32'
+  variance: bool = False
 
   def __post_init__(self):
     checks = [
@@ -91,7 +93,7 @@ class UNet(nn.Module):
         h = Conv(h.shape[-1], dtype=self.dtype, name=f'up_{level}_upsample')(upsample(h))
 
     h = nn.swish(GroupNorm(self.groups, name='norm_out')(h))
-    return Conv(x.shape[-1], init_scale=0.0, dtype=self.dtype, name='conv_out')(h).astype(x.dtype)
+    return Conv(x.shape[-1] * (1 + self.variance), init_scale=0.0, dtype=self.dtype, name='conv_out')(h).astype(x.dtype)
 
 
 class ResBlock(nn.Module):
