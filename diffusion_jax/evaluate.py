@@ -26,7 +26,7 @@ from diffusion_jax.metrics.frechet import Moments, frechet_distance, moments
 from diffusion_jax.model import Trained
 from diffusion_jax.runtime import command, log, sharding
 from diffusion_jax.runtime.config import Config, UserError, explain, nearest
-from diffusion_jax.sample import Generator, add_flags, describe, labels_of, npz, open_run
+from diffusion_jax.sample import GUIDANCE, Generator, add_flags, describe, labels_of, npz, open_run
 
 LATENCY_ROUNDS = 3
 
@@ -130,7 +130,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     held_out = _held_out(config, extract, num)
   settings = {
       'run': workdir.resolve().name, 'step': trained.step, 'images': trained.images, 'ema': trained.ema,
-      **describe(sampling), 'steps': sampling.steps, 'guidance': sampling.guidance, 'clip': sampling.clip,
+      **describe(sampling), 'steps': sampling.steps, **{key: sampling[key] for key in GUIDANCE}, 'clip': sampling.clip,
       'seed': flags.seed, 'batch_size': sampling.batch_size}
   digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
   folder = workdir / 'eval' / digest

@@ -65,7 +65,11 @@ def default_config() -> Config:
           'grid': spec(levels.trailing),
           'steps': 50,
           'guidance': 1.0,        # scale of classifier-free guidance; 1: none
+          'guidance_low': 0.0,    # guidance only where sigma / alpha is above this
+          'guidance_high': 0.0,   # and at most this; 0: no limit
+          'guidance_rescale': 0.0,  # share of the guided estimates' spread brought back to the conditional ones'
           'clip': True,           # keep x0 estimates within [-1, 1]
+          'threshold': 0.0,       # percentile, such as 0.995, of dynamic thresholding before that; 0: none
           'batch_size': 64,
       },
       'eval': {
@@ -104,7 +108,8 @@ AT_LEAST = {
         'train.log_every', 'train.sample_every', 'train.checkpoint_every', 'train.snapshot_every', 'train.keep',
         'sample.steps',
         'sample.batch_size', 'eval.num_samples'],
-    0: ['seed', 'data.size', 'data.max_bad', 'data.resident_gib', 'data.workers'],
+    0: ['seed', 'data.size', 'data.max_bad', 'data.resident_gib', 'data.workers', 'sample.guidance_low',
+        'sample.guidance_high', 'sample.threshold'],
 }
 
 

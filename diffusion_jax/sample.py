@@ -18,19 +18,20 @@ from PIL import Image
 
 from diffusion_jax import model as model_lib
 from diffusion_jax.core import adaptive, guidance, levels, samplers
-from diffusion_jax.core.types import Array, Denoise
+from diffusion_jax.core.types import Array, Denoise, Denoiser, Level
 from diffusion_jax.model import Model, Trained
 from diffusion_jax.runtime import command, log, sharding
 from diffusion_jax.runtime.config import Config, UserError, build, explain, parse_call
 
 STRIP_IMAGES, STRIP_LEVELS, GIF_FRAMES = 8, 12, 60
+GUIDANCE = ('guidance', 'guidance_low', 'guidance_high', 'guidance_rescale', 'threshold')  # settings with a flag
 LINE = 96  # the grey between two images
 
 
 class Generator:
   """generate(params, ids, labels) -> images, compiled once for one batch shape.
 
-  config: the sampling settings (`sampler`, `grid`, `steps`, `guidance`, `clip`, `batch_size`); seed: of all samples.
+  config: the sampling settings (config.sample); seed: of all samples.
   negative: the class that guidance leads away from; -1: from the model without a class.
   """
 
@@ -49,7 +50,13 @@ class Generator:
       raise UserError('a negative class needs guidance: give --guidance other than 1')
     self.batch_size, self.trajectory, self.mesh = config.batch_size, trajectory, mesh
     self._calls = self.sampler.nfe(config.steps) if self.sampler.calls else []  # a list: each sample has its own
+    with explain('sampling'):
+      guided(lambda x, level: x, lambda x, level: x, config)  # its settings are checked before anything is compiled
     self._networks = 1 if config.guidance == 1 else 2
+    if _limited(config) and self.sampler.calls:
+      ratio = _visited(self.sampler, self.grid)
+      inside = (config.guidance_low < ratio) & (ratio <= (config.guidance_high or math.inf))
+      self._calls, self._networks = self._calls + int(inside.sum()), 1
     self._compiled = None
     self.compile_seconds = 0.0
     root = model_lib.key(seed, 'sample')
@@ -69,7 +76,10 @@ class Generator:
 
   @property
   def nfe(self) -> int:
-    """Network evaluations for a sample; of an adaptive sampler, the mean of those drawn so far, 0 before the first."""
+    """Network evaluations for a sample; guidance that is skipped does not count.
+
+    Of an adaptive sampler: the mean of those drawn so far, 0 before the first, and as if guidance were never skipped.
+    """
     calls = self._calls if isinstance(self._calls, int) else math.ceil(np.mean(self._calls or [0]))
     return calls * self._networks
 
@@ -102,9 +112,35 @@ class Generator:
 
 
 def guided(denoise: Denoise, ref: Denoise, config: Config) -> Denoise:
-  """`denoise` led away from `ref`, as the sampling settings say."""
-  denoise = guidance.cfg(denoise, ref, config.guidance)
+  """`denoise` led away from `ref`, within bounds, as the sampling settings say."""
+  guide = lambda d: guidance.cfg(d, ref, config.guidance)
+  rescaled = lambda d: guidance.rescale(d, guide, config.guidance_rescale) if config.guidance_rescale else guide(d)
+  if _limited(config):
+    denoise = guidance.interval(denoise, rescaled, config.guidance_low, config.guidance_high or math.inf)
+  elif config.guidance != 1:
+    denoise = rescaled(denoise)
+  if config.threshold:
+    denoise = guidance.threshold(denoise, config.threshold)
   return guidance.clip(denoise) if config.clip else denoise
+
+
+def _limited(config: Config) -> bool:
+  """Whether guidance acts at some levels alone."""
+  return config.guidance != 1 and bool(config.guidance_low or config.guidance_high)
+
+
+def _visited(sampler: samplers.Sampler, grid: Level) -> np.ndarray:
+  """sigma / alpha at each call of the denoiser, in no order: found by a run on one number."""
+  seen = []
+
+  def both(x, level):
+    jax.debug.callback(lambda logsnr: seen.append(float(logsnr)), level.logsnr)
+    return x, jnp.zeros_like(x)
+
+  key = jax.random.split(jax.random.key(0), 1)
+  jax.block_until_ready(samplers.solve(sampler, Denoiser(both), jnp.zeros((1, 1, 1, 1)), grid, key))
+  jax.effects_barrier()
+  return np.exp(-0.5 * np.asarray(seen))
 
 
 def labels_of(ids: Sequence[int], num_classes: int, labels: Sequence[int] = ()) -> list[int]:
@@ -168,6 +204,10 @@ def add_flags(p: command.Parser) -> None:
   p.add_argument('--grid', help=f"which levels are visited: {', '.join(levels.GRIDS)}")
   p.add_argument('--steps', type=int, help='levels visited')
   p.add_argument('--guidance', type=float, help='scale of classifier-free guidance; 1: none')
+  p.add_argument('--guidance_low', type=float, help='guidance only where sigma / alpha is above this')
+  p.add_argument('--guidance_high', type=float, help='and at most this; 0: no limit')
+  p.add_argument('--guidance_rescale', type=float, help='share of the spread that guidance gives back; 0: none')
+  p.add_argument('--threshold', type=float, help='percentile, such as 0.995, of dynamic thresholding; 0: none')
   p.add_argument('--ema', default='', help="which average of the parameters, or 'raw' (default: the config's first)")
   p.add_argument('--step', type=int, help='which checkpoint (default: the newest)')
   p.add_argument('--batch_size', type=int, help='samples compiled together')
@@ -181,7 +221,7 @@ def open_run(flags: Any) -> tuple[Trained, Config]:
     raise UserError(f'--seed must be at least 0, got {flags.seed}')
   chosen = {name: parse_call(getattr(flags, name), module)
             for name, module in (('sampler', samplers), ('grid', levels)) if getattr(flags, name)}
-  chosen |= {k: v for k in ('steps', 'guidance', 'batch_size') if (v := getattr(flags, k)) is not None}
+  chosen |= {k: v for k in ('steps', *GUIDANCE, 'batch_size') if (v := getattr(flags, k)) is not None}
 
   def choose_devices(config):
     for key, value in chosen.items():

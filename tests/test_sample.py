@@ -10,6 +10,7 @@ from PIL import Image
 
 from diffusion_jax import model as model_lib
 from diffusion_jax import sample
+from diffusion_jax.core import schedules
 from diffusion_jax.runtime import command, sharding
 from diffusion_jax.runtime.config import Config
 
@@ -71,7 +72,7 @@ def test_guidance_is_off_at_one_and_acts_above(model, params):
       (labels,), (labels, np.ones(4, bool)), (np.full(4, 7),)))
   for ref in (null, seven):
     at = lambda scale, clip=False, ref=ref: np.asarray(
-        sample.guided(cond, ref, Config({'guidance': scale, 'clip': clip}))(x, level))
+        sample.guided(cond, ref, Config({**model.config.sample, 'guidance': scale, 'clip': clip}))(x, level))
     np.testing.assert_allclose(at(1.0), cond(x, level), rtol=1e-5)
     np.testing.assert_allclose(at(0.0), ref(x, level), rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(at(3.0) - at(0.0), 3 * (at(1.0) - at(0.0)), rtol=1e-2, atol=1e-2)
@@ -82,6 +83,36 @@ def test_guidance_doubles_the_network_calls(model):
   nfe = [sample.Generator(model, Config({**model.config.sample, 'guidance': scale}), 0, sharding.make_mesh(1, 1)).nfe
          for scale in (1.0, 0.0, 2.0)]
   assert nfe == [4, 8, 8]
+
+
+@pytest.mark.parametrize(('sampler', 'calls'), [('ddim', 1), ('heun', 2)])
+def test_guidance_within_an_interval_is_counted_where_it_acts(model, sampler, calls):
+  settings = {**model.config.sample, 'guidance': 2.0, 'steps': 6,
+              'sampler': sample.parse_call(sampler, sample.samplers)}
+  make = lambda **more: sample.Generator(model, Config(settings | more), 0, sharding.make_mesh(1, 1))
+  ratio = np.exp(-0.5 * np.asarray(make().grid.logsnr))
+  every = 5 * calls + 1
+  assert make().nfe == 2 * every
+  assert make(guidance_high=1e9).nfe == 2 * every
+  assert make(guidance_low=1e6).nfe == every
+  # Above the second level's noise, only the first call is guided; at the last level, the last `calls` are.
+  assert make(guidance_low=float(ratio[1]) * 1.01).nfe == every + 1
+  assert make(guidance_high=float(ratio[-1]) * 1.01).nfe == every + calls
+
+
+def test_settings_of_guidance_reach_the_denoiser():
+  cond, ref, x = (lambda x, level: x / 2), (lambda x, level: x / 4 + 0.1), np.linspace(-1, 1, 16).reshape(1, 4, 4, 1)
+  neutral = dict.fromkeys(('guidance_low', 'guidance_high', 'guidance_rescale', 'threshold'), 0.0)
+  at = lambda **more: np.asarray(sample.guided(cond, ref, Config({'guidance': 5.0, 'clip': False} | neutral | more))(
+      x, schedules.vp.level(np.float32(0.0))))  # sigma / alpha is 1
+  plain = 5 * cond(x, None) - 4 * ref(x, None)
+  np.testing.assert_allclose(at(), plain, atol=1e-6)
+  np.testing.assert_allclose(at(guidance_low=0.5, guidance_high=2.0), plain, atol=1e-6)
+  for outside in ({'guidance_high': 0.5}, {'guidance_low': 2.0}):
+    np.testing.assert_allclose(at(**outside), cond(x, None), atol=1e-6)
+  assert np.std(at(guidance_rescale=1.0)) == pytest.approx(np.std(cond(x, None)), rel=1e-5)
+  np.testing.assert_allclose(at(clip=True), np.clip(plain, -1, 1), atol=1e-6)
+  np.testing.assert_allclose(at(threshold=1.0), plain / np.abs(plain).max(), atol=1e-6)
 
 
 def test_an_adaptive_sampler_says_what_it_took(model, params, sixteen):
@@ -159,6 +190,10 @@ def test_the_raw_parameters_and_an_older_checkpoint_can_be_sampled(tiny_run, tmp
     (['--num=0'], '--num must be at least 1, got 0'),
     (['--ids=3-'], "--ids must be numbers like 3,5,10-12, got '3-'"),
     (['--labels=12'], "'12' is no class: there are 0 to 9"),
+    (['--guidance=2', '--guidance_low=3', '--guidance_high=2'], 'must have 0 <= low < high, got 3.0 and 2.0'),
+    (['--guidance=2', '--guidance_rescale=2'], 'phi must lie in [0, 1], got 2.0'),
+    (['--threshold=99.5'], 'percentile must lie in (0, 1], got 99.5'),
+    (['--guidance_low=-1'], 'config.sample.guidance_low must be at least 0, got -1.0'),
     (['--negative=12', '--guidance=2'], "--negative: '12' is no class: there are 0 to 9"),
     (['--negative=1,2', '--guidance=2'], "--negative must be one class, got '1,2'"),
     (['--negative=7'], 'a negative class needs guidance'),

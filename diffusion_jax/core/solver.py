@@ -20,7 +20,8 @@ class Sampler(NamedTuple):
   step(denoise, x, memory, cur, nxt, z) -> (x at nxt, memory), for a standard normal z; [draws, B, *S, C] if draws > 1.
   init(x, num_levels) -> the memory before the first step.
   finish(denoise, x, memory, last, z) -> x0, from x at the last level.
-  calls: evaluations of the denoiser in a step; extra_calls: further ones, one in each of the first so many steps.
+  calls: evaluations of the denoiser in a step (0: the sampler chooses, see adaptive.counted); extra_calls: further
+  ones, one in each of the first so many steps.
   """
   step: Callable[[Denoise, Array, Any, Level, Level, Array], tuple[Array, Any]]
   init: Callable[[Array, int], Any] = lambda x, num_levels: ()
