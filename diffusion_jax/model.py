@@ -106,8 +106,7 @@ def check(config: Config) -> None:
 AT_LEAST = {
     1: ['data.channels', 'train.images', 'train.batch_size', 'train.accumulate', 'train.steps_per_call',
         'train.log_every', 'train.sample_every', 'train.checkpoint_every', 'train.snapshot_every', 'train.keep',
-        'sample.steps',
-        'sample.batch_size', 'eval.num_samples'],
+        'sample.steps', 'sample.batch_size', 'eval.num_samples'],
     0: ['seed', 'data.size', 'data.max_bad', 'data.resident_gib', 'data.workers', 'sample.guidance_low',
         'sample.guidance_high', 'sample.threshold'],
 }
