@@ -12,7 +12,7 @@ quickstart: .venv/installed
 	$(BIN)/diffusion-jax report $(RUN)
 
 test: .venv/tested
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: .venv/tested
 	$(BIN)/ruff check .

@@ -225,8 +225,8 @@ def test_adams_bashforth():
     np.testing.assert_allclose(got, [float(fractions.Fraction(w)) for w in wanted.split()], atol=1e-14)
 
 
-KINDS = [multistep.dpmpp(3), multistep.dpmpp_sde(3, 'heun'), multistep.dpm_solver(3), multistep.unipc(1, 'bh1'),
-         multistep.unipc(3), multistep.deis(), multistep.lms(), multistep.plms('v'), multistep.pndm('v', halved=True)]
+# Those that differ from their defaults: test_samplers.py starts every default from pure noise.
+KINDS = [multistep.dpmpp_sde(3, 'heun'), multistep.unipc(1, 'bh1'), multistep.pndm('v', halved=True)]
 
 
 @pytest.mark.parametrize('sampler', KINDS)
