@@ -43,6 +43,14 @@ def tiny_config(**changes):
   return loaded
 
 
+def through_json(config, folder):
+  """The config written to a file in `folder` and read again."""
+  from diffusion_jax.runtime import config as config_lib
+  path = folder / 'config.json'
+  path.write_text(config_lib.to_json(config))
+  return config_lib.from_json(path)
+
+
 @pytest.fixture(scope='session')
 def tiny_run(tmp_path_factory):
   """The folder of a finished tiny run: 32 steps of 16 digits."""

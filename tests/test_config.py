@@ -1,11 +1,11 @@
 """Configs: plain data both ways, nothing a stranger's can run, and one sentence for every mistake."""
 import importlib
-import pathlib
 import pkgutil
 
 import jax
 import optax
 import pytest
+from conftest import ROOT, through_json
 
 import diffusion_jax.core
 import diffusion_jax.nets
@@ -14,14 +14,7 @@ from diffusion_jax.nets import unet
 from diffusion_jax.runtime import config as config_lib
 from diffusion_jax.runtime.config import Config, UserError, build, spec
 
-ROOT = pathlib.Path(__file__).parents[1]
 DIGITS = str(ROOT / 'configs' / 'digits.py')
-
-
-def through_json(config, folder):
-  path = folder / 'config.json'
-  path.write_text(config_lib.to_json(config))
-  return config_lib.from_json(path)
 
 
 # spec and build

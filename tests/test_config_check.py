@@ -1,10 +1,10 @@
 """What is wrong with a whole config, and every mistake of a command line: one sentence, status 2, nothing written."""
 import json
-import pathlib
 import signal
 
 import jax
 import pytest
+from conftest import ROOT, through_json
 
 from diffusion_jax import model as model_lib
 from diffusion_jax import train
@@ -13,14 +13,7 @@ from diffusion_jax.runtime import command
 from diffusion_jax.runtime import config as config_lib
 from diffusion_jax.runtime.config import Config, UserError, spec
 
-ROOT = pathlib.Path(__file__).parents[1]
 DIGITS = str(ROOT / 'configs' / 'digits.py')
-
-
-def through_json(config, folder):
-  path = folder / 'config.json'
-  path.write_text(config_lib.to_json(config))
-  return config_lib.from_json(path)
 
 
 # The whole config

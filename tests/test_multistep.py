@@ -87,7 +87,7 @@ def test_trace(name):
   if last is not None:
     a, b = np.append(a, last[0]), np.append(b, last[1])
   grid, (sampler, _) = traces.level(a, b), made
-  assert len(recorded['outs']) == sampler.nfe(len(a)) - (last is not None)
+  assert len(recorded['a']) == sampler.nfe(len(a)) - (last is not None)
   for forced in (xs, None):
     path = march(*made, jnp.asarray(xs[0]), grid, traces.common()['noise'], forced)
     if last is None:

@@ -49,9 +49,9 @@ def _stored():
 
 
 def trace(name):
-  """{'xs' [calls + 1, 2, 4, 4, 3], 'outs' [calls, 2, 4, 4, C], 'a', 'b', 'timesteps' [calls], 'sigmas', ...}."""
+  """{'xs' [calls + 1, 2, 4, 4, 3], 'a', 'b', 'timesteps' [calls], 'sigmas'}; 'outs' if it has learned variances."""
   fields = {k.rsplit('/', 1)[1]: _stored()[k] for k in _stored().files if k.rsplit('/', 1)[0] == name}
-  images = ('xs', 'outs', 'x0', 'x_final_f64')
+  images = ('xs', 'outs', 'x_final_f64')
   return {k: last(v) if k in images else np.asarray(v, np.float64) for k, v in fields.items()}
 
 
