@@ -86,9 +86,9 @@ def test_handwritten_gradients_are_jaxs(gradients, name):
     np.testing.assert_allclose(handwritten, jaxs, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize('space', [(7,), (6, 5), (4, 3, 5)])
+@pytest.mark.parametrize('space', [(8,), (6, 4), (4, 2, 6)])
 def test_convolutions_on_cpu_have_every_derivative(space):
-  """The rule that is faster on CPU equals XLA's own: backward, forward, in one argument, batched, and twice."""
+  """The algorithm that is faster on CPU equals XLA's own: backward, forward, in one argument, batched, and twice."""
   with jax.enable_x64(True):
     x, kernel = jnp.asarray(normal(2, *space, 3), float), jnp.asarray(normal(*(3,) * len(space), 3, 2, seed=2), float)
     derivatives = {
@@ -100,11 +100,21 @@ def test_convolutions_on_cpu_have_every_derivative(space):
         'twice': lambda f: jax.grad(lambda k: jnp.sum(jax.grad(f)(x, k) ** 2))(kernel),
     }
     total = lambda conv: lambda x, kernel: jnp.sum(jnp.sin(conv(x, kernel)))
-    both = jit(lambda: {name: (of(total(layers._conv_on_cpu)), of(total(layers._plain_conv)))
+    both = jit(lambda: {name: (of(total(jax.checkpoint(layers._winograd))), of(total(layers._plain_conv)))
                         for name, of in derivatives.items()})()
   for name, (ours, xlas) in both.items():
     for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(xlas), strict=True):
       np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-9, err_msg=name)
+
+
+@pytest.mark.skipif(jax.default_backend() != 'cpu', reason='an accelerator takes XLA\'s convolution')
+@pytest.mark.parametrize(('space', 'fast'), [((64,), True), ((8, 12), True), ((8, 9), False), ((4, 4), False)])
+def test_the_fast_convolution_is_as_exact_as_float32_allows(space, fast):
+  x, kernel = normal(2, *space, 64), normal(*(3,) * len(space), 64, 65, seed=2) / 24
+  assert ('product' in str(jax.make_jaxpr(functools.partial(layers._conv, stride=1))(x, kernel))) == fast
+  with jax.enable_x64(True):
+    exact = jit(layers._plain_conv)(x.astype(float), kernel.astype(float))
+  np.testing.assert_allclose(jit(functools.partial(layers._conv, stride=1))(x, kernel), exact, atol=1e-5)
 
 
 # The codec
