@@ -1,7 +1,8 @@
-"""What tests of networks share: parameters without initialisation, and programs compiled quickly."""
+"""What tests of networks share: parameters without initialisation, programs compiled quickly, and a net that is."""
 import functools
 import math
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -29,3 +30,23 @@ def filled(shapes, seed=0):
 
 def normal(*shape, seed=1):
   return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+class Small(nn.Module):
+  """Two convolutions, the level and the label: for laws of training and sampling that hold whatever the net is.
+
+  `outputs` times the channels of x; zero at the start, as the U-Net is.
+  """
+  outputs: int = 1
+  num_classes: int = 0
+  dropout: float = 0.0
+
+  @nn.compact
+  def __call__(self, x, noise, cond, train=False):
+    emb = nn.Dense(8)(jnp.stack([jnp.sin(noise / 100), jnp.cos(noise / 100)], -1))
+    if self.num_classes:
+      label = jnp.where(cond['drop'], self.num_classes, cond['label']) if 'drop' in cond else cond['label']
+      emb += nn.Embed(self.num_classes + 1, 8)(label)
+    h = nn.swish(nn.Conv(8, (3, 3), name='conv_in')(x) + emb[:, None, None])
+    h = nn.Dropout(self.dropout, deterministic=not train)(h)
+    return nn.Conv(self.outputs * x.shape[-1], (3, 3), name='conv_out', kernel_init=nn.initializers.zeros)(h)

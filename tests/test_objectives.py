@@ -1,13 +1,13 @@
 """Objectives that carry more than a network through the train step, and combinations that are refused beforehand."""
 import warnings
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 from conftest import tiny_config
+from nets import Small
 from test_train import assert_same, run_steps
 
 from diffusion_jax import model as model_lib
@@ -19,24 +19,9 @@ from diffusion_jax.runtime.config import UserError, build, override, parse_call,
 from diffusion_jax.step import make_step
 
 
-class Small(nn.Module):
-  """Compiles in a second; `outputs` times the channels of x."""
-  outputs: int = 1
-
-  @nn.compact
-  def __call__(self, x, noise, cond, train=False):
-    h = jnp.concatenate([x, jnp.broadcast_to(jnp.sin(noise).reshape(-1, *[1] * (x.ndim - 1)), x.shape)], -1)
-    return nn.Conv(self.outputs * x.shape[-1], (3, 3), name='out')(nn.swish(nn.Conv(8, (3, 3), name='in')(h)))
-
-
-@pytest.fixture(autouse=True)
-def small_nets_may_be_named(monkeypatch):
-  monkeypatch.setattr(config_lib, 'ALLOWED', [*config_lib.ALLOWED, __name__])
-
-
 def small_config(outputs=1, **changes):
   config = tiny_config()
-  config.net = spec(Small, outputs=outputs)
+  config.net = spec(Small, outputs=outputs)  # as the labels are not its matter
   config.optimizer = spec(optax.sgd)
   for key, value in changes.items():
     config[key] = value
@@ -74,7 +59,7 @@ def test_learned_uncertainty_is_a_parameter():
 def test_hybrid_trains_the_variance_output():
   """The simple part is what L_simple makes of the first output; the second moves as well."""
   start, state = start_and_end(small_config(2, weight=spec(losses.hybrid)))
-  bias = lambda params: np.asarray(params['net']['out']['bias'])
+  bias = lambda params: np.asarray(params['net']['conv_out']['bias'])
   assert np.all(bias(start) != bias(state.params))
   config = small_config(2, weight=spec(losses.hybrid))
   model = model_lib.make(config, (8, 8, 1), 10)

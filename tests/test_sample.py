@@ -17,7 +17,7 @@ from diffusion_jax.runtime.config import Config
 
 @pytest.fixture(scope='module')
 def model():
-  return model_lib.make(tiny_config(), (8, 8, 1), 10)
+  return model_lib.make(tiny_config(unet=True), (8, 8, 1), 10)
 
 
 @pytest.fixture(scope='module')

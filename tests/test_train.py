@@ -36,10 +36,14 @@ def assert_same(a, b, tolerance=1e-5):
     np.testing.assert_allclose(np.asarray(x), np.asarray(y), rtol=tolerance, atol=tolerance, err_msg=str(name))
 
 
+# Gradient descent: where a gradient is 0, Adam makes whole steps of rounding.
+SGD = {'optimizer': 'sgd', 'net__dropout': 0.1}
+
+
 @pytest.fixture(scope='module')
 def plain():
-  """Four steps on one device, by gradient descent: where a gradient is 0, Adam makes whole steps of rounding."""
-  return run_steps(tiny_config(optimizer='sgd', net__dropout=0.1), sharding.make_mesh(1, 1))
+  """Four steps on one device."""
+  return run_steps(tiny_config(**SGD), sharding.make_mesh(1, 1))
 
 
 def test_several_averages_are_kept_at_once():
@@ -65,9 +69,10 @@ def test_half_of_the_images_are_mirrored(shape):
   assert abs(turned.sum() - 200) < 4 * np.sqrt(400 / 4)
 
 
-def test_one_device_equals_a_mesh_of_eight(plain, monkeypatch):
+def test_one_device_equals_a_mesh_of_eight(monkeypatch):
   monkeypatch.setattr(sharding, 'MIN_SHARDED_SIZE', 0)
-  state, values = run_steps(tiny_config(optimizer='sgd', net__dropout=0.1), sharding.make_mesh(2, 4))
+  plain, (state, values) = (run_steps(tiny_config(unet=True, **SGD), sharding.make_mesh(*shape))
+                            for shape in ((1, 1), (2, 4)))
   kernel = state.params['net']['conv_in']['kernel']
   assert kernel.sharding.spec == jax.sharding.PartitionSpec(None, None, None, 'fsdp')
   assert_same(state, plain[0])
@@ -76,7 +81,7 @@ def test_one_device_equals_a_mesh_of_eight(plain, monkeypatch):
 
 @pytest.mark.parametrize('changes', [{'train__steps_per_call': 2}, {'data__resident_gib': 0.0}], ids=str)
 def test_dispatch_and_storage_change_nothing(plain, changes):
-  state, _ = run_steps(tiny_config(optimizer='sgd', net__dropout=0.1, **changes), sharding.make_mesh(1, 1))
+  state, _ = run_steps(tiny_config(**SGD, **changes), sharding.make_mesh(1, 1))
   assert_same(state, plain[0], 1e-6)
 
 
@@ -88,14 +93,14 @@ def test_accumulation_equals_the_whole_batch():
 
 def test_the_seed_changes_the_run_and_repeats_it(plain):
   mesh = sharding.make_mesh(1, 1)
-  again, _ = run_steps(tiny_config(optimizer='sgd', net__dropout=0.1), mesh)
-  other, _ = run_steps(tiny_config(optimizer='sgd', net__dropout=0.1, seed=1), mesh)
+  again, _ = run_steps(tiny_config(**SGD), mesh)
+  other, _ = run_steps(tiny_config(**SGD, seed=1), mesh)
   assert jax.tree.all(jax.tree.map(lambda a, b: bool(jnp.array_equal(a, b)), again, plain[0]))
   assert not jnp.allclose(again.params['net']['conv_in']['kernel'], other.params['net']['conv_in']['kernel'])
 
 
 def test_bfloat16_trains_with_float32_parameters():
-  state, values = run_steps(tiny_config(net__dtype='bfloat16'), sharding.make_mesh(2, 1), 2)
+  state, values = run_steps(tiny_config(unet=True, net__dtype='bfloat16'), sharding.make_mesh(2, 1), 2)
   assert {leaf.dtype for leaf in jax.tree.leaves(state.params)} == {jnp.dtype('float32')}
   assert np.isfinite(values['loss'])
 

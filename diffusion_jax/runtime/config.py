@@ -254,7 +254,7 @@ def _import(name: str) -> Any:
 
 def _offered(module: Any, name: str) -> bool:
   """Whether a config may call this of a module: not what it only imported (os, say), but what its package defines."""
-  fn = getattr(module, name, None)
+  fn = vars(module).get(name)  # not what a module makes up when asked: optax so serves names it has deprecated
   home = getattr(fn, '__module__', None) or ''
   return callable(fn) and not name.startswith('_') and home.split('.')[0] == module.__name__.split('.')[0]
 
