@@ -113,12 +113,12 @@ def frechet_distance(a: Moments, b: Moments) -> float:
 def frechet_estimate(real: Moments, features: np.ndarray) -> Estimate:
   """The distance of features [N, D] from `real`, and its 95 % interval for the sampling of the features.
 
-  value -+ Z standard deviations of the samples' influence / sqrt(N), the delta method. With z = x - mean, the influence
-  of x is 2 (mean - real mean).z + z^T (I - T) z, less its mean, where T = R (R B R)^-1/2 R, R = A^1/2, carries N(mean, B)
-  to the normal of `real` (the gradient of the distance with respect to B is I - T: Takatsu 2011; Malago et al. 2018).
-  Two eigenvalue problems and one matrix product, where a bootstrap needs two hundred of each. Like that, it covers the
-  distance's expectation at this N, holds `real` fixed, and needs N well above D. At a distance of nought the influence
-  vanishes with the distance, so that there the interval is only a rough guide.
+  The delta method: value -+ Z standard deviations of the samples' influence / sqrt(N). With A, B the covariances of
+  real and features, R = A^1/2 and z = x - mean, the influence of x is 2 (mean - real mean).z + z^T (I - T) z, less its
+  mean. T = R (R B R)^-1/2 R is the linear map that carries B to A, and I - T the gradient of the distance with respect
+  to B (Takatsu 2011). This takes two eigenvalue problems and one matrix product, a bootstrap hundreds of each. Like the
+  bootstrap it covers the distance's expectation at this N and holds `real` fixed. It needs N above D, and is a rough
+  guide only where the distance is all bias: the influence vanishes with the distance.
   """
   features, = checked(features)
   found = moments(features)

@@ -33,8 +33,8 @@ def jackknife(statistic: Callable[[np.ndarray], float], samples: np.ndarray, gro
   """statistic(samples) -+ t standard errors, from `groups` values that each leave one group out (Tukey 1958).
 
   The groups are random (seeded), so that the samples' order means nothing; t is the 97.5 % point of Student's
-  distribution with groups - 1 degrees of freedom. Like the bootstrap it covers the expectation at this N, at the cost of
-  `groups` + 1 evaluations. Wrong for statistics that are not smooth, such as a median or a nearest neighbour.
+  distribution with groups - 1 degrees of freedom. Like the bootstrap it covers the expectation at this N, at the cost
+  of `groups` + 1 evaluations. Wrong for statistics that are not smooth, such as a median or a nearest neighbour.
   """
   if not 2 <= groups <= len(samples):
     raise ValueError(f'a jackknife needs from 2 to N groups, got {groups} groups and {len(samples)} samples')
