@@ -1,4 +1,5 @@
 """From a config to the parts that train, sample and evaluate share."""
+import hashlib
 import json
 import pathlib
 import zlib
@@ -15,7 +16,7 @@ from diffusion_jax.core import diffusion, ema, levels, losses, samplers, schedul
 from diffusion_jax.core.diffusion import Diffusion
 from diffusion_jax.core.types import Array, Denoise
 from diffusion_jax.nets import codecs, unet
-from diffusion_jax.runtime import optim, sharding
+from diffusion_jax.runtime import optim, sharding, snapshots
 from diffusion_jax.runtime.checkpoint import Checkpoints, abstract_with
 from diffusion_jax.runtime.config import Config, UserError, build, explain, flatten, from_json, nearest, spec
 from diffusion_jax.runtime.state import TrainState
@@ -225,28 +226,35 @@ class Trained(NamedTuple):
 
 def restore(workdir: pathlib.Path, ema_name: str, step: int | None,
             choose_devices: Callable[[Config], None]) -> Trained:
-  """The parameters of a run: the average `ema_name`, or 'raw'; of the newest whole checkpoint or of `step`.
+  """The parameters of a run, of the newest whole checkpoint or of `step`: the average `ema_name`, or 'raw'.
 
-  `choose_devices(config)` runs before anything touches a device. Raises UserError if the folder is not a run's.
+  `ema_name` may also be the file of an average, as posthoc_ema makes: NAME.safetensors. `choose_devices(config)` runs
+  before anything touches a device. Raises UserError if the folder is not a run's.
   """
   config = from_json(workdir / 'config.json')
   check(config)
-  names = [*config.ema, 'raw']
-  if ema_name and ema_name not in names:
+  names, file = [*config.ema, 'raw'], pathlib.Path(ema_name) if ema_name.endswith('.safetensors') else None
+  if ema_name and not file and ema_name not in names:
     raise UserError(f'there is no average {ema_name!r} in this run{nearest(ema_name, names)}')
+  if file and step is not None:
+    raise UserError(f'--step chooses a checkpoint, and {ema_name!r} is an average of its own time: give one of the two')
   choose_devices(config)
   about = json.loads((workdir / 'data.json').read_text())
-  model = make(config, about['shape'], about['num_classes'])
+  model, mesh = make(config, about['shape'], about['num_classes']), sharding.make_mesh()
+  abstract, class_names = abstract_state(model, mesh), tuple(about['class_names'])
+  if file:
+    params, images = snapshots.load(file, abstract.params), int(snapshots.Snapshot(file).about.get('images', 0))
+    name = f'{file.stem} {hashlib.sha256(file.read_bytes()).hexdigest()[:12]}'
+    return Trained(model, mesh, params, images // config.train.batch_size, images, name, class_names)
   checkpoints = Checkpoints(workdir)
-  mesh = sharding.make_mesh()
-  found = checkpoints.restore(abstract_state(model, mesh), step)
+  found = checkpoints.restore(abstract, step)
   checkpoints.close()
   if found is None:
     raise UserError(f'there is no checkpoint in {str(workdir)!r} yet: let train reach its first')
   state, meta = found
   name = ema_name or next(iter(config.ema))
   params = state.params if name == 'raw' else state.emas[name]
-  return Trained(model, mesh, params, meta['step'], meta['images'], name, tuple(about['class_names']))
+  return Trained(model, mesh, params, meta['step'], meta['images'], name, class_names)
 
 
 def optimizer_of(config: Config) -> optax.GradientTransformation:

@@ -208,7 +208,8 @@ def add_flags(p: command.Parser) -> None:
   p.add_argument('--guidance_high', type=float, help='and at most this; 0: no limit')
   p.add_argument('--guidance_rescale', type=float, help='share of the spread that guidance gives back; 0: none')
   p.add_argument('--threshold', type=float, help='percentile, such as 0.995, of dynamic thresholding; 0: none')
-  p.add_argument('--ema', default='', help="which average of the parameters, or 'raw' (default: the config's first)")
+  p.add_argument('--ema', default='', help="which average of the parameters (default: the config's first), 'raw' for "
+                                           "none, or the file of one that posthoc_ema made")
   p.add_argument('--step', type=int, help='which checkpoint (default: the newest)')
   p.add_argument('--batch_size', type=int, help='samples compiled together')
 

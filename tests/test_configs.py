@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import ROOT
+from nets import jit
 
 from diffusion_jax import model as model_lib
 from diffusion_jax import sample, train
@@ -39,14 +40,11 @@ def test_shrunk_config_takes_a_step(name, run):
                                'net.attention': '(1,)', 'train.batch_size': '4', 'mesh.data': '1'})
   model = model_lib.make(config, (8, 8, shape[-1]), config.net.num_classes)
   optimizer = model_lib.optimizer_of(config)
-  mesh = sharding.make_mesh(1, 1)
-  state = train.initialise(model, optimizer, model_lib.abstract_state(model, mesh))
+  state = jit(lambda key: model_lib.initial_state(model, optimizer, key))(jax.random.key(0))
   before = np.asarray(state.params['net']['conv_out']['kernel'])
   rng = np.random.default_rng(0)
   batch = (jnp.asarray(rng.integers(0, 256, (1, 4, 8, 8, shape[-1])), jnp.uint8), jnp.zeros((1, 4), jnp.int32))
-  metrics = jax.device_put(train.Metrics.empty(), sharding.replicated(mesh))
-  step, _ = train.compile_step(model, optimizer, state, metrics, None, batch)
-  state, metrics = step(state, metrics, None, batch)
+  state, metrics = jit(train.make_step(model, optimizer), static_argnums=2)(state, train.Metrics.empty(), None, batch)
   assert np.isfinite(metrics.compute()['loss'])
   assert np.any(np.asarray(state.params['net']['conv_out']['kernel']) != before)
 

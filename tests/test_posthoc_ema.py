@@ -5,8 +5,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import tiny_config
 
-from diffusion_jax import posthoc_ema
+from diffusion_jax import posthoc_ema, sample, train
 from diffusion_jax.core import ema
 from diffusion_jax.runtime import command, snapshots
 from diffusion_jax.runtime.config import Config, UserError, spec
@@ -128,3 +129,24 @@ def test_snapshots_of_parts_on_several_devices_are_whole(tmp_path):
   back = snapshots.load(path, {'w': jax.ShapeDtypeStruct((8, 4), jnp.float32, sharding=parts)})['w']
   np.testing.assert_array_equal(back, x)
   assert back.sharding == parts
+
+
+def test_the_average_that_was_made_can_be_sampled(tmp_path, capsys):
+  """Made as wide as one that was tracked, it draws the same images; the other tracked one draws others."""
+  config = tiny_config(train__images=256, train__snapshot_every=32)
+  config.ema = Config({name: spec(ema.power_function, std=std) for name, std in (('short', 0.05), ('long', 0.1))})
+  workdir = tmp_path / 'run'
+  assert train.train(config, workdir) == 0
+  assert posthoc_ema.main([f'--workdir={workdir}', '--std=0.05']) == 0
+  made, images = workdir / 'posthoc' / '0.05-256.safetensors', []
+  out = tmp_path / 'x.npz'
+  for name in ('short', 'long', made):
+    assert command.run(sample.main, [f'--workdir={workdir}', '--num=8', f'--ema={name}', f'--out={out}']) == 0
+    with np.load(out) as file:
+      images.append(file['image'].astype(int))
+  assert np.abs(images[2] - images[0]).max() <= 1 < np.abs(images[1] - images[0]).max()
+  capsys.readouterr()
+  for flags, words in (([f'--ema={made}', '--step=16'], 'give one of the two'),
+                       (['--ema=no.safetensors'], 'cannot be read')):
+    assert command.run(sample.main, [f'--workdir={workdir}', *flags]) == 2
+    assert words in capsys.readouterr().err
