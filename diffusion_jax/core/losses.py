@@ -121,7 +121,7 @@ def vlb() -> Weight:
 
 
 def likelihood() -> Weight:
-  """g^2 / 2 on the error of the score, the bound of the SDE (Song et al. 2021b, eq. 7); a chain's is that of its
+  """g^2 / 2 on the error of the score, the bound of the SDE (Song et al. 2021c, eq. 7); a chain's is that of its
   interpolation. On the x0 error it is -1/2 dSNR/dt: in continuous time the same as `vlb`."""
 
   def of(level, process, params):

@@ -96,8 +96,8 @@ def find(name: str = '') -> pathlib.Path:
       check(path, FID_INCEPTION.digest, FID_INCEPTION.size)
       return path
   raise FileNotFoundError(
-      f'the weights of the FID Inception are not in {cache()}: put {FID_INCEPTION.url} there, name a file that you '
-      f'have, or use what needs no download: fd_digits, fd_cifar or pixels')
+      f'the weights of the FID Inception are not in {cache()}: download {FID_INCEPTION.url} into that folder, '
+      f'name a file that you have, or use what needs no weights: fd_digits, fd_cifar or pixels')
 
 
 def download(url: str, path: str | os.PathLike, digest: str, size: int) -> pathlib.Path:
@@ -156,20 +156,20 @@ def _read_graph(data: bytes) -> dict[str, np.ndarray]:
       if total > torch_files.MAX_BYTES or len(arrays) >= torch_files.MAX_TENSORS:
         raise ValueError(f'at most {torch_files.MAX_TENSORS} constants of {torch_files.MAX_BYTES} bytes are read, '
                          f'constant {name!r} is number {len(arrays) + 1} and makes it {total} bytes')
-      arrays[name] = np.full(shape, values[-1], dtype) if values.size == 1 else values.reshape(shape).copy()
+      arrays[name] = np.full(shape, values[0], dtype) if values.size == 1 else values.reshape(shape).copy()
   if not arrays:
     raise ValueError('it has no constants: this is no frozen TensorFlow graph')
   return arrays
 
 
 def _tensor(name: str, tensor: memoryview) -> tuple[np.dtype, tuple[int, ...], np.ndarray]:
-  """Type, shape and values of a TensorProto: as many values as the shape needs, or one for all."""
+  """Type, shape and values of a TensorProto: as many values as the shape needs, or one for all its elements."""
   kind, number, width = TENSORFLOW[_message(tensor, 1, 0)]
   dtype, content = np.dtype(kind), _message(tensor, 4)
   shape = tuple(_message(dim, 1, 0) for field, wire, dim in _fields(_message(tensor, 2)) if (field, wire) == (2, 2))
-  count = math.prod(shape)
   if len(shape) > 32 or max(shape, default=0) > torch_files.MAX_BYTES:
     raise ValueError(f'constant {name!r} has {len(shape)} dimensions of up to {max(shape)}: the file is damaged')
+  count = math.prod(shape)
   if len(content):
     values = np.frombuffer(content, dtype)
   elif width:
