@@ -34,12 +34,8 @@ def number(value):
   return b'\x8a' + bytes([len(data)]) + data
 
 
-def a_tuple(*items):
-  return b'(' + b''.join(items) + b't'
-
-
-def named(module, name):
-  return f'c{module}\n{name}\n'.encode()
+a_tuple = lambda *items: b'(' + b''.join(items) + b't'
+named = lambda module, name: f'c{module}\n{name}\n'.encode()
 
 
 def a_storage(key, kind, size, *more):
@@ -106,9 +102,12 @@ EXPECTED = {
 
 
 def read(folder, data):
-  path = folder / 'file.pth'
-  path.write_bytes(data)
-  return weights.read(path)
+  (folder / 'file.pth').write_bytes(data)
+  return weights.read(folder / 'file.pth')
+
+
+def refused(message):  # the path must not match in its place
+  return pytest.raises(ValueError, match=rf'file\.pth: .*({message})')
 
 
 def assert_same(found, expected):
@@ -159,7 +158,7 @@ def test_code_inside_is_refused_and_never_run(tmp_path, layout, how):
   canary.rmdir()
   if how == 'build':  # as the state of a state_dict that is in order
     data = state_dict(ENTRIES)[:-1] + data[2:-1] + b'b.'
-  with pytest.raises(ValueError, match=r'mkdir|eval'):
+  with refused(r"asks for '.*(mkdir|eval)'"):
     read(tmp_path, WRITERS[layout](data))
   assert not canary.exists()
 
@@ -181,7 +180,7 @@ BAD_PICKLES = {
     'dictionary with a list as key': (b'}(]Nu', 'neither texts'), 'items of a list': (b'](NNu', 'dict'),
     'dictionary with a tuple as key': (b'})Ns', 'neither texts'), 'state of a list': (b'])b', 'dict'),
     'memo': (b'h\x07', 'damaged'), 'odd items': (b'}(' + text('a') + b'u', 'shorter'),
-    'number': (number(3), 'no tensor by name'), 'nested': (a_dict({'x': tensor('0')}), 'no tensor by name'),
+    'number': (number(3), 'no tensor'), 'nested': (a_dict({'x': tensor('0')}), 'no tensor'),
 }
 
 
@@ -189,7 +188,7 @@ BAD_PICKLES = {
 @pytest.mark.parametrize('case', BAD_PICKLES)
 def test_a_pickle_of_anything_else_is_refused(tmp_path, layout, case):
   code, message = BAD_PICKLES[case]
-  with pytest.raises(ValueError, match=message):
+  with refused(message):
     read(tmp_path, WRITERS[layout](state_dict(ENTRIES | {'bad': code})))
 
 
@@ -199,7 +198,7 @@ def test_a_pickle_of_anything_else_is_refused(tmp_path, layout, case):
     (b'}', 'exhausted|holds list'), (b'\xfe.', 'unknown'), (b'}.', 'save a state_dict'), (b'].', 'save a state_dict'),
     (tensor('0') + b'.', 'save a state_dict'), (b'\x8b\xff\xff\xff\x7f', 'long4'), (b'}' * 1_000_001, 'operations')])
 def test_a_pickle_that_is_no_dictionary_is_refused(tmp_path, layout, code, message):
-  with pytest.raises(ValueError, match=message):
+  with refused(message):
     read(tmp_path, WRITERS[layout](b'\x80\x02' + code))
 
 
@@ -241,14 +240,14 @@ BAD_VIEWS = {
 @pytest.mark.parametrize('case', BAD_VIEWS)
 def test_a_view_outside_its_storage_is_refused_before_memory_is_taken(tmp_path, layout, case):
   data = WRITERS[layout](state_dict({'bad': tensor('0', **BAD_VIEWS[case])}), {'0': STORAGES['0']})
-  with little_memory(), pytest.raises(ValueError, match=r'[Ss]torage|shape|offset|bad'):
+  with little_memory(), refused('[Ss]torage|a shape and strides'):
     read(tmp_path, data)
 
 
 @both_formats
 def test_two_claims_about_one_storage_are_refused(tmp_path, layout):
   entries = {'a': tensor('0', 0, (2,), (1,)), 'b': tensor('0', 0, (2,), (1,), kind='Half')}
-  with pytest.raises(ValueError, match='two types or sizes'):
+  with refused('two types or sizes'):
     read(tmp_path, WRITERS[layout](state_dict(entries)))
 
 
@@ -260,14 +259,14 @@ def test_limits(tmp_path, layout, monkeypatch):
   data = WRITERS[layout](state_dict(entries), values)
   assert len(data) < 10_000 and len(read(tmp_path, data)) == 8
   monkeypatch.setattr(torch_files, 'MAX_TENSORS', 7)
-  with pytest.raises(ValueError, match=r'at most 7 tensors .* 8|more than 700'):
+  with refused(r'at most 7 tensors .* 8|more than 700'):
     read(tmp_path, data)
   monkeypatch.setattr(torch_files, 'MAX_TENSORS', 10_000)
   monkeypatch.setattr(torch_files, 'MAX_BYTES', 31_999)
-  with pytest.raises(ValueError, match='32000 bytes, at most 31999'):
+  with refused('32000 bytes, at most 31999'):
     read(tmp_path, data)
   monkeypatch.setattr(torch_files, 'MAX_BYTES', 999)
-  with pytest.raises(ValueError, match=rf'at most 999 bytes .* {len(data)}'):
+  with refused(rf'at most 999 bytes .* {len(data)}'):
     read(tmp_path, data)
 
 
@@ -275,13 +274,13 @@ def test_limits(tmp_path, layout, monkeypatch):
 def test_every_cut_of_a_file_is_refused(tmp_path, layout):
   data = WRITERS[layout](state_dict(ENTRIES))
   for size in [*range(0, len(data), 17), len(data) - 1]:
-    with pytest.raises(ValueError, match=r'file\.pth: '):
+    with refused(''):
       read(tmp_path, data[:size])
 
 
 def test_big_endian_numbers_are_refused(tmp_path):
   for data in (archive(state_dict(ENTRIES), order=b'big'), stream(state_dict(ENTRIES), little=False)):
-    with pytest.raises(ValueError, match='little-endian'):
+    with refused('little-endian'):
       read(tmp_path, data)
 
 
@@ -297,14 +296,14 @@ def test_archives_that_pytorch_does_not_write(tmp_path):
       (archive(data, more={'constants.pkl': b''}), 'TorchScript'), (archive(data, {}), "no entry 'model/data/0'"),
       (archive(data, more={'x/data.pkl': b''}), 'one data.pkl'), (archive(b''), 'pickle'),
       (archive(data).replace(b'model/data/0', b'model/data/9'), "no entry 'model/data/0'")]:
-    with little_memory(), pytest.raises(ValueError, match=message):
+    with little_memory(), refused(message):
       read(tmp_path, bad)
 
 
 def test_a_changed_number_in_an_archive_is_seen(tmp_path):
   data = archive(state_dict(ENTRIES))
   at = data.index(STORAGES['0'][1].tobytes())
-  with pytest.raises(ValueError, match='damaged'):
+  with refused('damaged'):
     read(tmp_path, data[:at] + b'\xff' + data[at + 1:])
 
 
@@ -314,7 +313,7 @@ gently = settings(max_examples=150, deadline=None, suppress_health_check=[Health
 @gently
 @given(data=st.binary(max_size=200), start=st.sampled_from([b'', b'PK\3\4', MAGIC, MAGIC + b'\x80\x02M\xe9\x03.']))
 def test_random_bytes_give_a_value_error(tmp_path, data, start):
-  with pytest.raises(ValueError, match='file'):
+  with refused(''):
     read(tmp_path, start + data)
 
 

@@ -113,8 +113,7 @@ def download(url: str, path: str | os.PathLike, digest: str, size: int) -> pathl
   try:
     with open(partial, 'xb') as file, urllib.request.urlopen(url, timeout=60) as response:
       received, digester = 0, hashlib.sha256()
-      # One byte more than expected is enough to see that it is another file.
-      while received <= size and (chunk := response.read(min(2 ** 20, size + 1 - received))):
+      while chunk := response.read(min(2 ** 20, size + 1 - received)):  # one byte too many shows that it is another
         received += len(chunk)
         digester.update(chunk)
         file.write(chunk)
