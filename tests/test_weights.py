@@ -271,6 +271,22 @@ def test_an_interrupted_download_leaves_nothing_behind(tmp_path, small_file, mon
   assert not os.listdir(tmp_path / 'there')
 
 
+def test_a_download_without_end_is_given_up(tmp_path, small_file, monkeypatch):
+  _, known = small_file
+  asked = []
+
+  class Response(io.BytesIO):
+    def read(self, size=-1):
+      asked.append(size)
+      assert sum(asked) <= known.size + 1
+      return bytes(size)
+
+  monkeypatch.setattr('urllib.request.urlopen', lambda url, timeout: Response())
+  with pytest.raises(ValueError, match='gave more than 7000'):
+    weights.download('https://example.org/a', tmp_path / 'there' / 'a.pth', known.digest, known.size)
+  assert not os.listdir(tmp_path / 'there')
+
+
 @pytest.mark.parametrize('url', ['ftp://127.0.0.1/a', 'data:,abc', 'a.pth'])
 def test_other_addresses_are_refused(tmp_path, url):
   with pytest.raises(ValueError, match='https, http or file'):
