@@ -35,7 +35,8 @@ TINY = {
 
 
 # These files take longest. They begin, so that no core waits for one of them in the end.
-FIRST = ['test_resume.py', 'test_sample.py', 'test_train.py', 'test_configs.py', 'test_samplers.py', 'test_guidance.py']
+FIRST = ['test_resume.py', 'test_sample.py', 'test_samplers.py', 'test_train.py', 'test_adaptive.py',
+         'test_multistep.py', 'test_configs.py', 'test_inception.py']
 
 
 def pytest_collection_modifyitems(items):
