@@ -16,6 +16,17 @@ def test_kid_is_the_peers():
   assert full.value == pytest.approx(EXPECTED['kid/gen_real_full_unbiased'], rel=1e-10)
 
 
+def test_blocks_give_the_mean_of_their_unbiased_mmds():
+  """Two blocks: Student's interval with one degree of freedom, from half their difference."""
+  x, y = SETS['gen'][:40], SETS['real'][:40]
+  rng = np.random.default_rng(5)
+  rows = [rng.permutation(40).reshape(2, 20) for _ in range(2)]
+  values = [kernel.mmd2_unbiased(x[i], y[j]).value for i, j in zip(*rows, strict=True)]
+  found = kernel.mmd2_blocks(x, y, 20, seed=5)
+  assert found.value == pytest.approx(np.mean(values), rel=1e-10)
+  assert np.ptp(found.ci) / 2 == pytest.approx(intervals.student(1) * abs(values[0] - values[1]) / 2, rel=1e-9)
+
+
 @pytest.mark.parametrize('metric', [kernel.mmd2_unbiased, kernel.cmmd])
 def test_kernel_distances_see_neither_chunks_nor_order_and_their_jackknife_leaves_one_out(metric):
   x, y = SETS['gen'][:30], SETS['real'][:41] + 0.2
@@ -42,6 +53,9 @@ def test_mmd_intervals_cover():
   unlike = [kernel.mmd2_unbiased(normal(60, 0.5), normal(80)) for _ in range(200)]
   truth = _mean_cubic(0.5, 0.5) + _mean_cubic(0, 0) - 2 * _mean_cubic(0.5, 0)
   assert covers([e.ci for e in unlike], truth)
+  blocks = [kernel.mmd2_blocks(normal(60, 0.5), normal(80), 10) for _ in range(200)]
+  assert covers([e.ci for e in blocks], truth)
+  assert covers([kernel.mmd2_blocks(normal(60), normal(80), 10).ci for _ in range(200)], 0)
   spread = np.std([e.value for e in unlike]) / np.sqrt(200)
   assert abs(np.mean([e.value for e in unlike]) - truth) < 4 * spread
 
@@ -149,9 +163,11 @@ def test_manifold_metrics_of_equal_far_and_repeated_sets():
   assert precision_recall.density_coverage(x, x).coverage.value == 1
   far = (*precision_recall.precision_recall(x, x + 100), *precision_recall.density_coverage(x, x + 100))
   assert [f.value for f in far] == [0, 0, 0, 0]
-  copies = np.repeat(x[:20] + 1000, 5, axis=0)  # balls of radius 0, far from 0, hold their copies
-  found = (*precision_recall.precision_recall(copies, copies), *precision_recall.density_coverage(copies, copies, 3))
-  assert [f.value for f in found] == pytest.approx([1, 1, 5 / 3, 1], rel=1e-12)
+  copies = np.repeat(np.random.default_rng(0).normal(1000, 1, (20, 2048)), 5, axis=0)  # balls of radius 0 hold them
+  for other in (copies, copies[::-1]):
+    found = (*precision_recall.precision_recall(copies, other, chunk=7),
+             *precision_recall.density_coverage(copies, other, 3))
+    assert [f.value for f in found] == pytest.approx([1, 1, 5 / 3, 1], rel=1e-12)
   shuffled = precision_recall.precision_recall(x[::-1], SETS['real'][:300])
   assert shuffled.recall.value == precision_recall.precision_recall(x, SETS['real'][:300]).recall.value
 
@@ -193,6 +209,8 @@ X = np.random.default_rng(0).normal(size=(20, 3))
   (lambda: kernel.kid(X, X, 0, 5), '0 subsets of 5'),
   (lambda: kernel.kid(X, X[:, :2], 2, 5), 'one dimension, got 3 and 2'),
   (lambda: kernel.kid(X * np.nan, X, 2, 5), 'must be finite'),
+  (lambda: kernel.mmd2_blocks(X, X, 11), 'blocks of 11 from 20 and 20'),
+  (lambda: kernel.mmd2_blocks(X, X, 1), 'blocks of 1 from'),
   (lambda: kernel.mmd2_unbiased(X[:2], X), 'at least 3 features in each set, got 2 and 20'),
   (lambda: kernel.cmmd(X, X, sigma=0), 'sigma must be positive, got 0'),
   (lambda: kernel.cmmd(X, X * 0), 'an embedding is all zeros'),
