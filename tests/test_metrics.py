@@ -166,7 +166,7 @@ def test_manifold_metrics_of_equal_far_and_repeated_sets():
   copies = np.repeat(np.random.default_rng(0).normal(1000, 1, (20, 2048)), 5, axis=0)  # balls of radius 0 hold them
   for other in (copies, copies[::-1]):
     found = (*precision_recall.precision_recall(copies, other, chunk=7),
-             *precision_recall.density_coverage(copies, other, 3))
+             *precision_recall.density_coverage(copies, other, 3, chunk=7))
     assert [f.value for f in found] == pytest.approx([1, 1, 5 / 3, 1], rel=1e-12)
   shuffled = precision_recall.precision_recall(x[::-1], SETS['real'][:300])
   assert shuffled.recall.value == precision_recall.precision_recall(x, SETS['real'][:300]).recall.value
