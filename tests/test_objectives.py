@@ -21,7 +21,7 @@ from diffusion_jax.step import make_step
 
 def small_config(outputs=1, **changes):
   config = tiny_config()
-  config.net = spec(Small, outputs=outputs)  # as the labels are not its matter
+  config.net = spec(Small, outputs=outputs)  # without labels
   config.optimizer = spec(optax.sgd)
   for key, value in changes.items():
     config[key] = value

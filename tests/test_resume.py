@@ -113,6 +113,7 @@ def truncate(checkpoint):
 
 
 def remove(checkpoint):
+  """All data files: tensorstore also leaves whole ones that nothing refers to."""
   for path in data_files(checkpoint):
     path.unlink()
 

@@ -120,7 +120,7 @@ def _dot(x, kernel):
 
 def _dot_kernel_grad(x, g):
   return lax.dot_general(x.reshape(-1, x.shape[-1]), g.reshape(-1, g.shape[-1]), (((0,), (0,)), ((), ())),
-                         preferred_element_type=jnp.float32)
+                         preferred_element_type=jnp.promote_types(x.dtype, jnp.float32))
 
 
 def _padding(size, kernel, stride):
@@ -152,8 +152,7 @@ _product = Primitive('product')
 _product.def_impl(jax.jit(_dot))
 _product.def_abstract_eval(lambda x, kernel: x.update(shape=(*x.shape[:-1], kernel.shape[-1])))
 mlir.register_lowering(_product, mlir.lower_fun(_dot, multiple_results=False))
-ad.defbilinear(_product, lambda g, x, kernel: _product.bind(g, kernel.T),
-               lambda g, x, kernel: x.reshape(-1, x.shape[-1]).T @ g.reshape(-1, g.shape[-1]))
+ad.defbilinear(_product, lambda g, x, kernel: _product.bind(g, kernel.T), lambda g, x, kernel: _dot_kernel_grad(x, g))
 batching.primitive_batchers[_product] = lambda arguments, axes: (jax.vmap(_dot, axes)(*arguments), 0)
 
 
