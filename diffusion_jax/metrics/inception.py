@@ -9,7 +9,6 @@ import functools
 import os
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import flax.linen as nn
 import jax
@@ -17,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file, save
 
 __all__ = ['OUTPUTS', 'Inception', 'extract', 'from_tensorflow', 'from_torch', 'load', 'prepare', 'to_safetensors']
 
@@ -276,21 +275,14 @@ def tensorflow_scope(module: str) -> str:
   return f'{numbered("mixed", BLOCKS.index(block))}/{tower}{layer}'
 
 
-def to_safetensors(params, path: str | os.PathLike) -> None:
-  """Writes the parameters to a file that `load` reads, as a whole or not at all."""
-  path = Path(path)
-  flat = {f'{module}.{name}': np.ascontiguousarray(leaf)
-          for module, leaves in params.items() for name, leaf in leaves.items()}
-  part = path.with_name(f'{path.name}.{os.getpid()}.part')
-  try:
-    save_file(flat, part)
-    os.replace(part, path)
-  finally:
-    part.unlink(missing_ok=True)
+def to_safetensors(params) -> bytes:
+  """The parameters as the content of a file that `load` reads."""
+  return save({f'{module}.{name}': np.ascontiguousarray(leaf)
+               for module, leaves in params.items() for name, leaf in leaves.items()})
 
 
 def load(path: str | os.PathLike) -> dict:
-  """The parameters from a file that `to_safetensors` wrote. Raises OSError or ValueError if it is not one."""
+  """The parameters from a file of what `to_safetensors` gives. Raises OSError or ValueError if it is not one."""
   try:
     arrays = load_file(path)
   except SafetensorError as e:
