@@ -128,14 +128,15 @@ def load(name, split='train', *, size=0, channels=3, data_dir='', manual_dir='',
   return {'folder': images.Folder, 'zip': images.Zip}[kind](name, split, pathlib.Path(rest).expanduser(), **options)
 
 
-def arrays(source, max_bad=10):
-  """Decodes a whole source into memory: (images uint8 [M,*S,C], labels int32 [M]), in record order.
+def batches(source, max_bad=10, size=1024):
+  """Decodes a source piece by piece: yields (images uint8 [b,*S,C], labels int32 [b]), b at most `size`, in order.
 
-  Bad records are left out, so M may be smaller than len(source); up to max_bad of them cost one warning that names
-  them, more raise ValueError.
+  Bad records are left out; up to max_bad of them cost one warning that names them, more raise ValueError.
   """
   if isinstance(source, Arrays):
-    return source.images, source.labels
+    for start in range(0, len(source), size):
+      yield source.images[start:start + size], source.labels[start:start + size]
+    return
 
   def read(i):
     try:
@@ -143,19 +144,31 @@ def arrays(source, max_bad=10):
     except BadRecord as error:
       return error
 
-  images, labels, bad = np.empty((len(source), *source.shape), np.uint8), [], []
+  bad = []
   with futures.ThreadPoolExecutor() as pool:
-    for start in range(0, len(source), 1024):  # in pieces, so that too many bad records stop the reading soon
-      for record in pool.map(read, range(start, min(start + 1024, len(source)))):
-        if isinstance(record, BadRecord):
-          bad.append(str(record))
-        else:
-          images[len(labels)] = record[0]
-          labels.append(record[1])
+    for start in range(0, len(source), size):
+      records = list(pool.map(read, range(start, min(start + size, len(source)))))
+      bad += [str(record) for record in records if isinstance(record, BadRecord)]
       check_bad(source, bad, max_bad)
+      good = [record for record in records if not isinstance(record, BadRecord)]
+      if good:
+        yield np.stack([image for image, _ in good]), np.asarray([label for _, label in good], np.int32)
   if bad:
     more = f' and {len(bad) - 5} more' if len(bad) > 5 else ''
     warnings.warn(f'{len(bad)} bad records of {source.name} are left out: {"; ".join(bad[:5])}{more}', stacklevel=2)
+
+
+def arrays(source, max_bad=10):
+  """Decodes a whole source into memory: (images uint8 [M,*S,C], labels int32 [M]), in record order.
+
+  Bad records are treated as by `batches`, so M may be smaller than len(source).
+  """
+  if isinstance(source, Arrays):
+    return source.images, source.labels
+  images, labels = np.empty((len(source), *source.shape), np.uint8), []
+  for batch, classes in batches(source, max_bad):
+    images[len(labels):len(labels) + len(batch)] = batch
+    labels += classes.tolist()
   return images[:len(labels)], np.asarray(labels, np.int32)
 
 
@@ -170,9 +183,17 @@ def check_bad(source, bad, max_bad):
 
 def digest(images, labels):
   """Identifies a data set: hex SHA-256 over images uint8 [N,*S,C] and labels [N], in order."""
-  sha = hashlib.sha256(repr(images.shape).encode())
-  sha.update(np.ascontiguousarray(images, np.uint8).reshape(-1))
-  sha.update(np.ascontiguousarray(labels, '<i4').reshape(-1))
+  return digest_batches([(images, labels)], images.shape)
+
+
+def digest_batches(parts, shape):
+  """`digest` of a data set of the shape (N,*S,C) that comes in pieces (images, labels)."""
+  sha, every = hashlib.sha256(repr(tuple(shape)).encode()), []
+  for images, labels in parts:
+    sha.update(np.ascontiguousarray(images, np.uint8).reshape(-1))
+    every.append(np.ascontiguousarray(labels, '<i4').reshape(-1))
+  for labels in every:
+    sha.update(labels)
   return sha.hexdigest()
 
 
