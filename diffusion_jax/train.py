@@ -7,6 +7,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from concurrent import futures
 from typing import Any
 
 import jax
@@ -18,7 +19,7 @@ from tqdm import tqdm
 
 from diffusion_jax import model as model_lib
 from diffusion_jax.core import schedules
-from diffusion_jax.data import pipeline, sources
+from diffusion_jax.data import card, pipeline, sources
 from diffusion_jax.model import Model
 from diffusion_jax.posthoc_ema import save_snapshot
 from diffusion_jax.runtime import checkpoint, command, log, optim, sharding
@@ -132,6 +133,16 @@ def write_about(workdir: pathlib.Path, model: Model, source: sources.Source, par
                                         **log.provenance()})
 
 
+def write_card(workdir: pathlib.Path, config: Config, source: sources.Source, arrays: Sequence[np.ndarray]) -> None:
+  """data_card.json, unless one of the same settings is there; `arrays` are images and labels if they are in memory."""
+  made_with = log.plain({**config.data, 'held_out': config.eval.held_out, 'count': len(source), 'shape': source.shape})
+  if not card.matches(path := workdir / 'data_card.json', made_with):
+    options = {key: config.data[key] for key in ('size', 'channels', 'data_dir', 'manual_dir', 'max_bad')}
+    with explain('config.data'):
+      about = card.card(source, *arrays, held_out=config.eval.held_out, **options)
+    log.write_json(path, {**about, 'made_with': made_with})
+
+
 def train(config: Config, workdir: pathlib.Path, allow_changes: bool = False, profile: bool = False) -> int:
   """Trains, or resumes, in `workdir`; returns the exit status: 0 finished, 75 interrupted with everything saved.
 
@@ -173,7 +184,10 @@ def fit(model: Model, optimizer: optax.GradientTransformation, source: sources.S
   metrics = jax.device_put(Metrics.empty(), sharding.replicated(mesh))
   calls = batches(meta['step'], schedule.total)
   first = next(calls, None)
-  take, compile_seconds = compile_step(model, optimizer, state, metrics, batches.data, first)
+  with futures.ThreadPoolExecutor(1) as pool:  # images are counted while the step is compiled
+    counted = pool.submit(write_card, workdir, config, source, [np.asarray(a) for a in batches.data or ()])
+    take, compile_seconds = compile_step(model, optimizer, state, metrics, batches.data, first)
+    counted.result()
   if profile:
     profiler.start(str(workdir / 'profile'))
 
