@@ -115,6 +115,7 @@ def test_the_order_changes_the_hash_and_nothing_that_is_counted():
   assert a == b
 
 
+@pytest.mark.filterwarnings('ignore:.* bad records of')
 @pytest.mark.parametrize('bad', [(), (0, 255, 256, 599)], ids=str)
 def test_reading_gives_what_memory_gives(bad):
   images, labels = planted()
@@ -176,6 +177,7 @@ def test_images_that_the_held_out_split_has_too_are_counted(tmp_path):
   assert card.card(source, held_out='train')['held_out'] is None
 
 
+@pytest.mark.filterwarnings('ignore:.* bad records of')
 def test_held_out_images_are_decoded_as_those_of_the_source(tmp_path):
   images = np.random.default_rng(0).integers(0, 256, (4, 6, 6), np.uint8)
   write_images(tmp_path, images, ['train', 'train', 'test', 'train'])

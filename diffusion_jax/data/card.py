@@ -10,7 +10,6 @@ import re
 import time
 import zipfile
 import zlib
-from concurrent import futures
 
 import numpy as np
 
@@ -71,8 +70,6 @@ def card(source, images=None, labels=None, *, held_out='', max_bad=10, max_secon
             'homepage': None, 'citation': None, **_origin(source), 'num_examples': len(source),
             'shape': list(source.shape), 'dtype': 'uint8', 'bytes': source.nbytes, 'scanned': True, 'not_scanned': None,
             **dict.fromkeys(('hash', 'bad_records', 'classes', 'unlabelled', 'mean', 'std', 'duplicates', 'held_out'))}
-  if isinstance(source, sources.Arrays):
-    images, labels = source.images, source.labels
   deadline = time.monotonic() + max_seconds
   try:
     if len(source) > MAX_EXAMPLES:
@@ -121,37 +118,14 @@ class _Scan:
 
 
 def _scan(source, images, labels, max_bad, deadline):
+  size = max(1, min(BLOCK, BLOCK_BYTES // math.prod(source.shape)))
   if images is not None:
-    block = _block(source)
-    blocks = ((images[i:i + block], labels[i:i + block]) for i in range(0, len(images), block))
+    blocks = ((images[i:i + size], labels[i:i + size]) for i in range(0, len(images), size))
     return _Scan(source, blocks, len(images), deadline)
-  found = _Scan(source, _read(source, max_bad), len(source), deadline)
+  found = _Scan(source, sources.batches(source, max_bad, size), len(source), deadline)
   if len(found.keys) < len(source):  # the digest begins with the number of good records, which is known only now
-    found = _Scan(source, _read(source, max_bad), len(found.keys), deadline)
+    found = _Scan(source, sources.batches(source, max_bad, size), len(found.keys), deadline)
   return found
-
-
-def _block(source):
-  return max(1, min(BLOCK, BLOCK_BYTES // math.prod(source.shape)))
-
-
-def _read(source, max_bad):
-  """Blocks (images uint8 [b,*S,C], labels [b]) of the good records."""
-  def read(i):
-    try:
-      return source[i]
-    except sources.BadRecord as error:
-      return error
-
-  bad, block = [], _block(source)
-  with futures.ThreadPoolExecutor() as pool:
-    for start in range(0, len(source), block):
-      records = list(pool.map(read, range(start, min(start + block, len(source)))))
-      good = [r for r in records if not isinstance(r, sources.BadRecord)]
-      bad += [str(r) for r in records if isinstance(r, sources.BadRecord)]
-      sources.check_bad(source, bad, max_bad)
-      if good:
-        yield np.stack([image for image, _ in good]), [label for _, label in good]
 
 
 def _classes(labels, class_names):
@@ -180,8 +154,7 @@ def _held_out(source, split, keys, deadline, options):
     other = sources.load(source.name, split, **options)
     if len(other) > MAX_EXAMPLES:
       raise _TooLong(f'more than {MAX_EXAMPLES:,} examples')
-    arrays = (other.images, other.labels) if isinstance(other, sources.Arrays) else (None, None)
-    found = _scan(other, *arrays, options['max_bad'], deadline)
+    found = _scan(other, None, None, options['max_bad'], deadline)
   except (ValueError, OSError, _TooLong) as error:  # the split may well not exist
     return {'split': split, 'overlap': None, 'why': str(error)}
   there = {}
