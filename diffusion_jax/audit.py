@@ -1,0 +1,86 @@
+"""Are samples copies of training images? What `evaluate --audit` writes: records, pictures and every distance.
+
+For each space, the whole pixels and the features: FOLDER/audit_SPACE.png, the closest samples each with its nearest
+training image and its nearest held-out one (left, middle, right), closest first, and in FOLDER/audit.npz the arrays
+SPACE_ratio, _to_train, _to_held_out, _train_index, _held_out_index and _closest of `metrics.memorisation.Space`.
+Distances in pixels are in levels of 255.
+"""
+import pathlib
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from diffusion_jax.metrics import memorisation
+from diffusion_jax.metrics.memorisation import Audit, Space
+from diffusion_jax.runtime import log
+from diffusion_jax.runtime.config import explain
+from diffusion_jax.sample import npz, png, tile
+
+PAIRS, COLUMNS, LEGIBLE = 50, 5, 32  # pairs shown, so many in a row; smaller images are enlarged to about this
+SPLIT = 0.001  # a split that looks as unlike in a random draw less often than this is warned about
+Images = tuple[np.ndarray, Mapping[str, np.ndarray]]  # uint8 [N, *S, C], and features [N, D] of each by name
+RULE = (f'1 if in a space the near copies (samples whose ratio of distances, nearest training image over nearest '
+        f'held-out image, is below that of all but {100 * memorisation.RATE:g} % of held-out images) are at least '
+        f'{memorisation.TWICE:g} times as many as chance gives, or at least {memorisation.MANY:g} of the samples are '
+        f'closer to the training images than to as many held-out ones, and chance alone gives so many with a '
+        f'probability below {memorisation.LEVEL:g} / (2 spaces); a false alarm in less than 1 % of audits')
+
+
+def run(folder: pathlib.Path, images: np.ndarray, found: Mapping[str, np.ndarray], train: Images, held_out: Images,
+        seed: int = 0) -> list[dict[str, Any]]:
+  """Audits samples uint8 [N, *S, C] with features `found`; writes the files and returns the records.
+
+  UserError for fewer than 20 training or held-out images, or sets of unlike shapes, names or numbers.
+  """
+  with explain('audit'):
+    sets = [_spaces(*s) for s in ((images, found), train, held_out)]
+    result = memorisation.audit(*sets, seed=seed)
+  arrays = {f'{name}_{key}': value for name, space in result.spaces.items() for key, value in space._asdict().items()
+            if isinstance(value, np.ndarray)}
+  log.write(folder / 'audit.npz', npz(id=np.arange(len(images)), **arrays))
+  for name, space in result.spaces.items():
+    if images.ndim == 4 and images.shape[-1] in (1, 3):
+      log.write(folder / f'audit_{name}.png', png(picture(space, images, train[0], held_out[0])))
+    if space.split_p < SPLIT:
+      warnings.warn(f'the held-out images are not like the training ones ({name}), and samples may be nearer to either '
+                    f'for that alone: draw the held-out split at random', stacklevel=2)
+  if images.ndim != 4 or images.shape[-1] not in (1, 3):
+    print(f'no picture of the closest pairs: images of shape {images.shape[1:]} cannot be a PNG')
+  return records(result, len(train[0]), len(held_out[0]))
+
+
+def records(result: Audit, training_images: int, held_out_images: int) -> list[dict[str, Any]]:
+  """A record of each value; the metrics' names carry the number of samples unless that is 50,000."""
+  samples = len(next(iter(result.spaces.values())).ratio)
+  number = '' if samples == 50_000 else f'_{samples // 1000}k' if samples % 1000 == 0 else f'_{samples}'
+  sizes = {'unit': '', 'training_images': training_images, 'held_out_images': held_out_images}
+  made = []
+  for name, s in result.spaces.items():
+    made += [
+        {'metric': f'memorised_share_{name}{number}', 'value': s.memorised_share.value, 'ci': s.memorised_share.ci,
+         'chance': s.chance, 'ratio_below': s.threshold, 'p': s.memorised_p, **sizes},
+        {'metric': f'closer_to_train_share_{name}{number}', 'value': s.closer_to_train_share.value,
+         'ci': s.closer_to_train_share.ci, 'chance': 0.5, 'p': s.closer_p, **sizes},
+        {'metric': f'distance_ratio_median_{name}{number}', 'value': s.median_ratio, 'ci': None, **sizes}]
+  alarms = [name for name, s in result.spaces.items() if s.flagged]
+  unlike = [name for name, s in result.spaces.items() if s.split_p < SPLIT]
+  return [*made, {'metric': f'memorisation_flagged{number}', 'value': int(result.flagged), 'ci': None, 'rule': RULE,
+                  'flagged_in': alarms, 'held_out_unlike_train_in': unlike, **sizes}]
+
+
+def picture(space: Space, images: np.ndarray, train: np.ndarray, held_out: np.ndarray) -> np.ndarray:
+  """The closest samples, each beside its nearest training and held-out image, uint8 [H, W, C]."""
+  ids = space.closest[:PAIRS]
+  shown = np.concatenate([images[ids], train[space.train_index[ids]], held_out[space.held_out_index[ids]]], axis=2)
+  scale = max(1, LEGIBLE // max(images.shape[1:3]))
+  return tile(shown.repeat(scale, 1).repeat(scale, 2), COLUMNS)
+
+
+def _spaces(images, found):
+  """The features, and the pixels themselves, [N, D] each."""
+  for name, values in found.items():
+    if len(values) != len(images):
+      raise ValueError(f'there are {len(images)} images and {len(values)} of their features ({name})')
+  return {**found, 'pixels': images.reshape(len(images), -1)}
