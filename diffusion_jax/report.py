@@ -5,7 +5,6 @@ can be made where no jax is installed. The page loads nothing and runs no script
 A record can hold anything, so every string of one passes through `text` on its way to the page.
 """
 import argparse
-import json
 import os
 import shlex
 import string
@@ -13,105 +12,22 @@ import sys
 from collections.abc import Callable, Sequence
 from html import escape as text
 from pathlib import Path
-from typing import NamedTuple
 
-from diffusion_jax import svg
-from diffusion_jax.svg import NOTHING, confidence, duration, interval, number, numbers, quantity, said, shown
+from diffusion_jax import quality, records, svg, tradeoff
+from diffusion_jax.quality import name
+from diffusion_jax.records import Run, Unusable, read_runs
+from diffusion_jax.svg import duration, number, numbers, said, shown
 
 TEMPLATE = Path(__file__).with_name('report_page.html')
-# What makes one evaluation: records that agree in all of these share a row.
-SETTINGS = ('step', 'ema', 'sampler', 'grid', 'nfe', 'guidance', 'seed', 'num_samples')
-# The known metrics in the order of their columns, with a word on each; others follow them.
-METRICS = {
-  'fd_digits': 'lower is better', 'fd_digits_floor': 'real held-out digits', 'accuracy_digits': 'higher is better',
-  'samples_per_second': '', 'latency_seconds': '', 'compile_seconds': '', 'peak_memory_bytes': '',
-}
-
-
-# Records
-
-class Unusable(Exception):
-  """What the user gave cannot be used; the message is a sentence for them."""
-
-
-class Run(NamedTuple):
-  """The records of one run folder; those that do not exist yet are empty."""
-  folder: Path
-  label: str
-  colour: int
-  config: dict
-  made: dict      # run.json
-  schedule: dict
-  metrics: list   # one dict a logged step, by step
-  evals: list     # one dict a measured value, oldest first
-  done: dict
-
-
-def read_json(path: Path) -> dict:
-  """The object in a JSON file, {} where there is none yet: a page can be made at any moment of a run."""
-  try:
-    value = json.loads(path.read_text('utf-8', 'replace'))
-  except (OSError, ValueError):
-    return {}
-  return value if isinstance(value, dict) else {}
-
-
-def read_lines(path: Path) -> list[dict]:
-  """The objects in a .jsonl file, without the lines that a killed process left half written."""
-  records = []
-  for line in path.read_text('utf-8', 'replace').split('\n') if path.is_file() else ():
-    try:
-      records.append(json.loads(line))
-    except ValueError:
-      continue
-  return [record for record in records if isinstance(record, dict)]
-
-
-def read_run(folder: Path, label: str, colour: int = 0) -> Run:
-  """All records of a run folder. Raises Unusable where there is no run."""
-  path = folder / 'config.json'
-  if not path.is_file():
-    reason = 'has no config.json, so it is not the folder of a run' if folder.is_dir() else 'is not a folder'
-    raise Unusable(f'{folder} {reason}.')
-  try:
-    config = json.loads(path.read_text('utf-8'))
-  except ValueError as e:
-    raise Unusable(f'{path} is not JSON: {e}.') from e
-  if not isinstance(config, dict):
-    raise Unusable(f'{path} is not a JSON object.')
-  # A resumed run logs some steps again: the last line of a step wins.
-  steps = {line['step']: line for line in read_lines(folder / 'metrics.jsonl') if number(line.get('step')) is not None}
-  return Run(
-    folder, label, colour, config, read_json(folder / 'run.json'), read_json(folder / 'schedule.json'),
-    [steps[step] for step in sorted(steps)], read_lines(folder / 'eval.jsonl'), read_json(folder / 'done.json'))
-
-
-def read_runs(folders: Sequence[Path]) -> list[Run]:
-  """The runs, labelled by the names of their folders where those differ and by their paths where they do not."""
-  names = [folder.resolve().name for folder in folders]
-  labels = names if len(set(names)) == len(names) else list(map(str, folders))
-  return [read_run(folder, label, i) for i, (folder, label) in enumerate(zip(folders, labels, strict=True))]
-
-
-def evaluations(run: Run) -> list[dict[str, dict]]:
-  """Metric -> record for each evaluation, by step and then by time: the last is the newest of the last step."""
-  rows = {}
-  for record in run.evals:
-    key = json.dumps([record.get(setting) for setting in SETTINGS])
-    rows[key] = rows.pop(key, {}) | {str(record.get('metric')): record}
-  return sorted(rows.values(), key=lambda row: number(next(iter(row.values())).get('step')) or 0)
+MOST_CLASSES = 20  # whose counts are drawn
 
 
 # Parts of the page: some are about one run, and `each` repeats them; the others overlay or list all runs
 
 def each(runs: Sequence[Run], part: Callable[[Run], str]) -> str:
-  """The part of every run, under its name where there are several."""
-  return ''.join((f'<h3>{name(run)}</h3>' if len(runs) > 1 else '') + part(run) for run in runs)
-
-
-def name(run: Run) -> str:
-  """The run's label beside the colour of its curves."""
-  return svg.swatch(run.colour) + text(run.label)
+  """The part of every run that has it, under its name where there are several."""
+  parts = ((run, part(run)) for run in runs)
+  return ''.join((f'<h3>{name(run)}</h3>' if len(runs) > 1 else '') + body for run, body in parts if body)
 
 
 def note(run: Run, sentence: str, command: str, *flags: str) -> str:
@@ -127,28 +43,10 @@ def progress(run: Run) -> str:
   return words if number(record.get('images')) is not None else ''
 
 
-def column(metric: str) -> int:
-  """The place of a metric among the columns."""
-  return list(METRICS).index(metric) if metric in METRICS else len(METRICS)
-
-
 def summary(run: Run) -> str:
-  """What the run reached, in one sentence about its last evaluation that has a score."""
-  trained = f'trained on {progress(run)}' if progress(run) else 'not trained yet'
-  is_score = lambda metric: not metric.endswith(('_floor', '_seconds', '_per_second', '_bytes'))
-  rows = [row for row in evaluations(run) if any(map(is_score, row))]
-  if not rows:
-    return f'{trained.capitalize()}; not evaluated yet.'
-  metric = min(filter(is_score, rows[-1]), key=column)
-  score, floor, speed = (rows[-1].get(key, {}) for key in (metric, f'{metric}_floor', 'samples_per_second'))
-  beside = [f'{confidence(score)} interval {" to ".join(interval(score))}'] if interval(score) else []
-  beside += said(floor, 'value', f'real held-out {text(metric.partition("_")[2]) or "data"} score ')
-  words = said(score, 'num_samples', 'from ', ' samples') + said(score, 'nfe', '', ' network calls each')
-  words += said(speed, 'value', '', f' samples per second{"".join(said(speed, "device", " on "))}')
-  if run.done.get('images') != score.get('images'):
-    words += said(score, 'images', 'after ', ' images')
-  reached = f'<strong>{text(metric)} {quantity(metric, score.get("value"))}</strong>'
-  return f'{reached}{" (" * bool(beside)}{"; ".join(beside)}{")" * bool(beside)} {", ".join(words)}; {trained}.'
+  """What the run reached, in one sentence."""
+  trained, reached = f'trained on {progress(run)}' if progress(run) else 'not trained yet', quality.headline(run)
+  return f'{reached}; {trained}.' if reached else f'{trained.capitalize()}; not evaluated yet.'
 
 
 def found(run: Run, file: str) -> list[Path]:
@@ -181,37 +79,64 @@ def denoising(run: Run) -> str:
 
 
 def evaluation(runs: Sequence[Run]) -> str:
-  """A row for every evaluation of every run, and the records behind them."""
-  rows = [(run, row) for run in runs for row in evaluations(run)]
-  missing = ''.join(note(run, 'Not evaluated yet', 'evaluate') for run in runs if not run.evals)
-  if not rows:
-    return missing
-  metrics = sorted(dict.fromkeys(metric for _, row in rows for metric in row), key=column)
-  head = ''.join(f'<th scope="col">{text(metric).replace("_", "_<wbr>")}<small>{METRICS.get(metric, "")}</small></th>'
-                 for metric in ('sampler', *metrics))
-  body, records = '', {}
-  for run, row in rows:
-    first = next(iter(row.values()))
-    how = ', '.join(said(first, 'sampler') + said(first, 'nfe', '', ' calls')) or 'unnamed'
-    rest = ' · '.join(
-      said(first, 'images', 'at ', ' images') + said(first, 'num_samples', '', ' samples') + said(first, 'ema', 'EMA ')
-      + said(first, 'grid', 'grid ') + said(first, 'guidance', 'guidance ') + said(first, 'seed', 'seed '))
-    label = f'{name(run)}<br>' * (len(runs) > 1)
-    cells = ''.join(cell(row.get(metric)) for metric in metrics)
-    body += f'<tr><th scope="row">{label}{how}<small>{rest}</small></th>{cells}</tr>'
-    records[f'{len(records) + 1}. {run.label}'] = row
-  return ('<div class="scroll" tabindex="0" role="region" aria-label="Evaluations">'
-          f'<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
-          '<details class="records"><summary>All records, with hashes and versions</summary>'
-          f'{svg.listing(records)}</details>{missing}')
+  """All values of all runs."""
+  return quality.table(runs) + ''.join(note(run, 'Not evaluated yet', 'evaluate') for run in runs if not run.evals)
 
 
-def cell(record: dict | None) -> str:
-  """A value over its interval."""
-  if not record:
-    return f'<td>{NOTHING}</td>'
-  ends = f' <small>[{", ".join(interval(record))}]</small>' if interval(record) else ''
-  return f'<td>{quantity(str(record.get("metric")), record.get("value"))}{ends}</td>'
+def memorisation(run: Run) -> str:
+  """What the audit found, over samples beside the training images that are nearest to them; '' without an audit."""
+  verdicts = ''
+  for row in records.evaluations(run):
+    found = {key.metric: record for key, record in row.items() if records.kind(key.metric) == 'memorisation'}
+    main, rest = quality.how(records.first(row))
+    facts = {text(metric): quality.value(record) + verdict(record) for metric, record in found.items()}
+    verdicts += f'<p class="note">{", ".join([main, *rest])}</p>{svg.facts(facts)}' * bool(found)
+  alt = f'Samples of {run.label} beside the training images that are nearest to them'
+  pictures = ''.join(svg.picture(path, f'eval/{path.parent.name}', alt, 960)
+                     for path in sorted(run.folder.glob('eval/*/audit.png')))
+  return verdicts + f'<div class="pictures">{pictures}</div>' * bool(pictures)
+
+
+def verdict(record: dict) -> str:
+  """What an audit says of a value, in words."""
+  flagged = [words for flag, words in ((True, 'flagged as memorised'), (False, 'not flagged'))
+             if record.get('flagged') is flag]
+  words = flagged + said(record, 'verdict') + said(record, 'chance', 'of fresh images ')
+  return f'<small>{"; ".join(words)}</small>' * bool(words)
+
+
+def data(run: Run) -> str:
+  """The data card; '' where there is none."""
+  card = records.read_json(run.folder / 'data_card.json')
+  part = lambda key: card[key] if isinstance(card.get(key), dict) else {}
+  classes = {key: count for key, count in part('classes').items() if number(count) is not None and count >= 0}
+  duplicates, held_out = part('duplicates'), part('held_out')
+  lists = {key: card[key] if isinstance(card.get(key), list) else [] for key in ('shape', 'mean', 'std')}
+  counts = ''
+  if classes:
+    counts = f'{len(classes):,}, of {shown(min(classes.values()))} to {shown(max(classes.values()))} images'
+    counts += bars(classes) * (len(classes) <= MOST_CLASSES)
+  facts = {
+    'source': ''.join(said(card, 'source')), 'split': ''.join(said(card, 'split')),
+    'images': ''.join(said(card, 'num_examples')), 'shape': text(' x '.join(map(str, lists['shape']))),
+    'licence': ''.join(said(card, 'licence') + said(card, 'licence_source', '<small>', '</small>')),
+    'homepage': ''.join(said(card, 'homepage')), 'citation': ''.join(said(card, 'citation')),
+    'hash': ''.join(said(card, 'hash', '<code>', '</code>')), 'bad records': ''.join(said(card, 'bad_records')),
+    'not scanned': ''.join(said(card, 'not_scanned')),
+    'duplicates': ', '.join(said(duplicates, 'count') + said(duplicates, 'groups', 'in ', ' groups')
+                            + said(duplicates, 'contradictory', '', ' groups with unlike labels')),
+    'also held out': ''.join(said(held_out, 'overlap') + said(held_out, 'split', ' in ') + said(held_out, 'why', ': ')),
+    'unlabelled': ''.join(said(card, 'unlabelled')), 'classes': counts}
+  facts |= {key: ', '.join(map(shown, lists[key])) for key in ('mean', 'std')}
+  return svg.facts(facts) if card else ''
+
+
+def bars(counts: dict[str, float]) -> str:
+  """Numbers of images as bars."""
+  most = max(counts.values()) or 1
+  rows = ''.join(f'<li><b>{text(key)}</b><span style="width:{60 * count / most:.1f}%"></span>{shown(count)}</li>'
+                 for key, count in counts.items())
+  return f'<ul class="bars">{rows}</ul>'
 
 
 def training(runs: Sequence[Run]) -> str:
@@ -223,8 +148,8 @@ def training(runs: Sequence[Run]) -> str:
     losses.append(svg.Series(run.label, points, run.colour, band=band))
     bins.append(svg.Series(run.label, loss_by_logsnr(run), run.colour))
   missing = (note(run, 'Not trained yet', 'train', '--config=CONFIG.py') for run in runs if not run.metrics)
-  return (f'<div class="pair">{svg.chart("Loss", "images seen", losses, log=True)}'
-          f'{svg.chart("Loss by logsnr", "logsnr, from noise to data", bins, log=True)}</div>{"".join(missing)}')
+  return svg.pair(svg.chart('Loss', 'images seen', losses, log=True),
+                  svg.chart('Loss by logsnr', 'logsnr, from noise to data', bins, log=True)) + ''.join(missing)
 
 
 def loss_by_logsnr(run: Run) -> list:
@@ -250,8 +175,8 @@ def schedule(runs: Sequence[Run]) -> str:
     logsnrs.append(svg.Series(run.label, logsnr, run.colour))
   log = any(y is not None and y > 10 for s in scales for _, y in s.points)  # a ve path needs decades
   missing = (note(run, 'No schedule yet', 'train', '--config=CONFIG.py') for run in runs if not run.schedule)
-  return (f'<div class="pair">{svg.chart("alpha and sigma", "t, from data to noise", scales, log)}'
-          f'{svg.chart("logsnr", "t, from data to noise", logsnrs)}</div>{"".join(missing)}')
+  return svg.pair(svg.chart('alpha and sigma', 't, from data to noise', scales, log),
+                  svg.chart('logsnr', 't, from data to noise', logsnrs)) + ''.join(missing)
 
 
 def provenance(run: Run) -> str:
@@ -269,7 +194,7 @@ def provenance(run: Run) -> str:
     'fingerprint': ''.join(said(run.done, 'fingerprint', '<code>', '</code>')),
     'folder': f'<code>{text(str(run.folder))}</code>',
   }
-  return f'<dl class="facts">{"".join(f"<dt>{key}</dt><dd>{fact}</dd>" for key, fact in facts.items() if fact)}</dl>'
+  return svg.facts(facts)
 
 
 # The page
@@ -279,18 +204,23 @@ def page(runs: Sequence[Run]) -> str:
   sections = {
     'Samples': each(runs, samples),
     'Evaluation': evaluation(runs),
+    'Quality against cost': tradeoff.against_cost(runs),
+    'Likelihood': quality.likelihood(runs),
+    'Memorisation': each(runs, memorisation),
     'Training': training(runs),
     'Denoising': each(runs, denoising),
     'Schedule': schedule(runs),
+    'Data': each(runs, data),
     'Config': each(runs, lambda run: svg.listing(run.config)),
     'Provenance': each(runs, provenance),
   }
+  parts = {title.lower().replace(' ', '-'): (title, body) for title, body in sections.items() if body}
   label = lambda run: f'{name(run)}: ' * (len(runs) > 1)
   return string.Template(TEMPLATE.read_text('utf-8')).substitute(
     title=text(runs[0].label if len(runs) == 1 else f'{len(runs)} runs compared'),
     summary=''.join(f'<p class="lede">{label(run)}{summary(run)}</p>' for run in runs),
-    links=''.join(f'<a href="#{title.lower()}">{title}</a>' for title in sections),
-    body=''.join(f'<section id="{title.lower()}"><h2>{title}</h2>{body}</section>' for title, body in sections.items()),
+    links=''.join(f'<a href="#{key}">{title}</a>' for key, (title, _) in parts.items()),
+    body=''.join(f'<section id="{key}"><h2>{title}</h2>{body}</section>' for key, (title, body) in parts.items()),
     folders=', '.join(f'<code>{text(str(run.folder))}</code>' for run in runs))
 
 

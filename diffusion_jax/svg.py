@@ -64,6 +64,13 @@ def said(record: dict, key: str, before: str = '', after: str = '') -> list[str]
   return [] if value is None else [f'{before}{text(value) if isinstance(value, str) else shown(value)}{after}']
 
 
+def setting(value) -> str:
+  """A setting in words: numbers in full, 1.5 and 5,000, others as they are; not yet safe to stand on a page."""
+  if number(value) is None:
+    return str(value)
+  return f'{value:,}' if isinstance(value, int) else f'{value:.6g}'
+
+
 def interval(record: dict) -> list[str]:
   """Both ends of a record's interval, [] where it has none."""
   ends = numbers(record.get('ci'))
@@ -80,12 +87,17 @@ def confidence(record: dict) -> str:
 # Charts
 
 class Series(NamedTuple):
-  """One curve: points (x, y), where None is a gap, over a shaded band of (x, low, high)."""
+  """One curve: points (x, y), where None is a gap, over a shaded band of (x, low, high).
+
+  Few and measured points have `bars`, their intervals (x, low, high), and are drawn; `ring` is one to look at.
+  """
   label: str
   points: list
   colour: int = 0
   dashed: bool = False
   band: Sequence = ()
+  bars: Sequence = ()
+  ring: tuple | None = None
 
 
 def ticks(low: float, high: float, log: bool = False) -> list[float]:
@@ -130,15 +142,19 @@ def outline(points: Sequence, x: Callable, y: Callable) -> str:
   return path
 
 
-def chart(title: str, x_label: str, series: Sequence[Series], log: bool = False) -> str:
-  """A line chart, '' where there is nothing to draw; `log` asks for a log scale, given where all values allow it."""
+def chart(title: str, x_label: str, series: Sequence[Series], log: bool = False, log_x: bool = False,
+          ring: str = '') -> str:
+  """A line chart, '' where there is nothing to draw; `ring` says in the legend what is ringed.
+
+  `log` and `log_x` ask for log scales, given where all values allow it.
+  """
   several, series = len(series) > 1, [s for s in series if any(None not in point for point in s.points)]
   if not series:
     return ''
   xs = [x for s in series for x, _ in s.points if x is not None]
-  ys = [y for s in series for point in (*s.points, *s.band) for y in point[1:] if y is not None]
-  log = log and min(ys) > 1e-100
-  (x, x_ticks), (y, y_ticks) = axis(xs, 44, 408), axis(ys, 214, 8, log, margin=.05)
+  ys = [y for s in series for point in (*s.points, *s.band, *s.bars) for y in point[1:] if y is not None]
+  log, log_x, measured = log and min(ys) > 1e-100, log_x and min(xs) > 1e-100, any(s.bars or s.ring for s in series)
+  (x, x_ticks), (y, y_ticks) = axis(xs, 44, 408, log_x, margin=.04 * measured), axis(ys, 214, 8, log, margin=.05)
   parts = [f'<text class="x" x="226" y="252">{text(x_label)}</text>']
   parts += [f'<text class="x" x="{x(tick):.1f}" y="231">{tick_label(tick)}</text>' for tick in x_ticks]
   parts += [f'<path class="rule" d="M44,{y(tick):.1f}H408"/>'
@@ -150,14 +166,32 @@ def chart(title: str, x_label: str, series: Sequence[Series], log: bool = False)
       around = [(at, high) for at, _, high in edges] + [(at, low) for at, low, _ in reversed(edges)]
       if not gap:
         parts.append(f'<path class="band {colour}" d="{outline(around, x, y)}Z"/>')
+    parts += [f'<path class="bar {colour}" d="M{x(at):.1f},{y(low):.1f}V{y(high):.1f}'
+              f'M{x(at) - 3:.1f},{y(low):.1f}h6M{x(at) - 3:.1f},{y(high):.1f}h6"/>' for at, low, high in s.bars]
     parts.append(f'<path class="curve {colour}{" dashed" * s.dashed}" d="{outline(s.points, x, y)}"/>')
-    parts += [f'<circle class="{colour}" cx="{x(at):.1f}" cy="{y(value):.1f}" r="3">'
+    if s.ring:
+      parts.append(f'<circle class="ring {colour}" cx="{x(s.ring[0]):.1f}" cy="{y(s.ring[1]):.1f}" r="8"/>')
+    parts += [f'<circle class="{"dot " * measured}{colour}" cx="{x(at):.1f}" cy="{y(value):.1f}" r="3">'
               f'<title>{text(s.label)}: {shown(value)} at {shown(at)}</title></circle>'
               for at, value in s.points[::len(s.points) // 80 + 1] if at is not None and value is not None]
   legend = ''.join(f'<li>{swatch(s.colour, s.dashed)}{text(s.label)}</li>' for s in series) * several
-  return (f'<figure class="card"><figcaption>{text(title)}{" <small>(log scale)</small>" * log}</figcaption>'
+  if any(s.ring for s in series):
+    legend += f'<li><span class="ringed"></span>{text(ring)}</li>'
+  scales = {(0, 0): '', (1, 0): ' <small>(log scale)</small>', (0, 1): ' <small>(log scale across)</small>',
+            (1, 1): ' <small>(log scales)</small>'}[log, log_x]
+  return (f'<figure class="card"><figcaption>{text(title)}{scales}</figcaption>'
           f'<svg class="chart" viewBox="0 0 420 256" role="img" aria-label="{text(title)}">{"".join(parts)}</svg>'
           f'<ul class="legend">{legend}</ul></figure>')
+
+
+def pair(*figures: str) -> str:
+  """Charts beside each other where there is room."""
+  return f'<div class="pair">{"".join(figures)}</div>' if any(figures) else ''
+
+
+def facts(rows: dict[str, str]) -> str:
+  """Terms and what is said of them, already markup; those with nothing to say are left out."""
+  return f'<dl class="facts">{"".join(f"<dt>{key}</dt><dd>{fact}</dd>" for key, fact in rows.items() if fact)}</dl>'
 
 
 def swatch(colour: int, dashed: bool = False) -> str:

@@ -13,6 +13,11 @@ import pytest
 from diffusion_jax import report
 
 SECTIONS = ['Samples', 'Evaluation', 'Training', 'Denoising', 'Schedule', 'Config', 'Provenance']
+CARD = {
+  'source': 'tfds:cifar10', 'split': 'train', 'licence': 'CC BY 4.0', 'num_examples': 50000, 'shape': [32, 32, 3],
+  'hash': 'ab12', 'classes': {'cat': 30000, 'dog': 20000}, 'mean': [.5, .4, .3], 'std': [.25, .25, .25], 'bad_records': 3,
+  'duplicates': {'count': 7, 'groups': 5, 'contradictory': 1},
+  'held_out': {'split': 'test', 'overlap': 4}, 'bytes': 9}
 HOSTILE = [
   '<script>alert(1)</script>', '"><img onerror=alert(1) src=x>', "' onload='x", '</style></title>', '&lt; {0} $body']
 GIF = base64.b64decode('R0lGODlhAQABAIAAAAAAAP///yH5BAEAAAAALAAAAAABAAEAAAIBRAA7')
@@ -115,7 +120,7 @@ def test_a_full_run_shows_every_section(tmp_path):
   assert [found['aria-label'] for found in page.all('svg')] == list(titles)
   assert len(page.all('img')) == 6
   assert all(found['alt'] and found['src'].startswith('data:image/') for found in page.all('img'))
-  for words in ('fd_digits 9.35 (95 % interval 8.70 to 9.92; real held-out digits score 5.50) from 500 samples, '
+  for words in ('fd_digits 9.35 (95 % interval 8.70 to 9.92; real held-out images score 5.50) from 500 samples, '
                 '50 network calls each, 812 samples per second on digits; trained on 64,000 images in 58 s.',
                 '9.35 [8.70, 9.92]', '1 min 15 s', '1.5 GiB', '1,234,567', 'cosine(shift=1.0, path=digits())', 'ab12'):
     assert words in page.text, words
@@ -220,11 +225,45 @@ def test_evaluations_with_other_settings_have_their_own_rows(tmp_path):
   folder = make_run(tmp_path / 'run')
   put(folder / 'eval.jsonl', measured('fd_digits', 7., step=30, images=96000), measured('fd_digits', 14., nfe=10),
       measured('fd_digits', 9.), measured('accuracy_digits', .5), measured('fd_digits', 8.))
-  run, = report.read_runs([folder])
-  values = [{metric: record['value'] for metric, record in row.items()} for row in report.evaluations(run)]
-  assert values == [{'fd_digits': 14.}, {'fd_digits': 8., 'accuracy_digits': .5}, {'fd_digits': 7.}]
   page, _ = made(folder)
+  assert len(page.all('th', scope='row')) == 3
   assert 'fd_digits 7.00 from 500 samples, 50 network calls each, after 96,000 images; trained on' in page.text
+
+
+def test_other_sections_are_there_where_their_records_are(tmp_path):
+  folder = make_run(tmp_path / 'run')
+  put(folder / 'data_card.json', CARD)
+  put(folder / 'likelihood/ab.json', {'logsnr': [0, 1], 'level_bits': [1, 2]})
+  put(folder / 'eval.jsonl', *(measured('fid_5k', 9., nfe=nfe, steps=nfe) for nfe in (5, 10)),
+      measured('memorised_share_pixels', .02, [.01, .03], flagged=True),
+      measured('closer_to_train_share', .5, flagged=False))
+  (folder / 'eval/1f').mkdir(parents=True)
+  (folder / 'eval/1f/audit.png').write_bytes(png())
+  bare = tmp_path / 'bare'
+  put(bare / 'config.json', {})
+  page, _ = made(folder, bare)
+  assert [found['id'] for found in page.all('section')] == [
+    'samples', 'evaluation', 'quality-against-cost', 'likelihood', 'memorisation', 'training', 'denoising', 'schedule',
+    'data', 'config', 'provenance']
+  assert [found['href'][1:] for found in page.all('a')] == [found['id'] for found in page.all('section')]
+  for words in ('memorised_share_pixels 0.0200 [0.0100, 0.0300] flagged as memorised',
+                'closer_to_train_share 0.500 not flagged', 'tfds:cifar10', 'CC BY 4.0', '50,000', '32 x 32 x 3', '2, of 20,000 to 30,000 images', 'cat 30,000',
+                '7, in 5 groups, 1 groups with unlike labels', '4 in test', '0.500, 0.400, 0.300'):
+    squeezed = ''.join(words.split())
+    assert squeezed in ''.join(page.text.split()), words
+  assert [found['alt'] for found in page.all('img') if 'nearest' in found['alt']] == [
+    'Samples of run beside the training images that are nearest to them']
+
+
+@pytest.mark.parametrize('odd', [None, 3, -1, 'x', [], [1, 'x', None], {}, {'a': 'b'}, {'a': -1}, {'a': 0}, True,
+                                 *HOSTILE])
+def test_a_data_card_may_hold_anything(tmp_path, odd):
+  folder = make_run(tmp_path / 'run')
+  nested = {str(odd): odd, 'count': odd, 'overlap': odd, 'why': odd}
+  for card in dict.fromkeys(CARD, odd), dict.fromkeys(CARD, nested), nested:
+    put(folder / 'data_card.json', card)
+    page, _ = made(folder)
+    assert not page.all('script') and not any('onerror' in attrs or 'onload' in attrs for _, attrs in page.tags)
 
 
 @pytest.mark.parametrize('level, words', [(.9, '90 %'), (.999, '99.9 %'), (None, '95 %'), ('<b>', '95 %'), (3, '95 %')])
