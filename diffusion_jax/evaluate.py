@@ -1,170 +1,326 @@
 """COMMAND: samples from a checkpoint, scores them against real images, and writes how each number was made.
 
-Samples are kept by id under WORKDIR/eval/<settings>, so that an interrupted evaluation continues where it stopped and a
-larger one begins with what is there.
+One evaluation is one set of samples (checkpoint, average, sampling settings, seed) as one network sees them, against
+one reference. Samples and features are kept under WORKDIR/eval/<settings>, so that an interrupted evaluation continues
+where it stopped; what WORKDIR/eval.jsonl holds already is printed, not made again.
 """
+import argparse
 import hashlib
+import itertools
 import json
+import math
 import pathlib
-import statistics
 import sys
 import time
 import warnings
 import zipfile
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 
+from diffusion_jax import efficiency, encode
 from diffusion_jax.data import sources
-from diffusion_jax.metrics import features as extractors
-from diffusion_jax.metrics import intervals
-from diffusion_jax.metrics.features import Features
-from diffusion_jax.metrics.frechet import Moments, frechet_distance, moments
+from diffusion_jax.metrics import features, intervals, scores
+from diffusion_jax.metrics.features import Extractor
 from diffusion_jax.model import Trained
-from diffusion_jax.runtime import command, log, sharding
-from diffusion_jax.runtime.config import Config, UserError, explain, nearest
-from diffusion_jax.sample import GUIDANCE, Generator, add_flags, describe, labels_of, npz, open_run
+from diffusion_jax.runtime import command, log
+from diffusion_jax.runtime.checkpoint import Checkpoints
+from diffusion_jax.runtime.config import Config, UserError, explain, from_json, nearest
+from diffusion_jax.runtime.state import digest
+from diffusion_jax.sample import GUIDANCE, Generator, add_flags, describe, labels_of, npz, open_run, parse_numbers
+from diffusion_jax.score import FEATURES, Against, given, kinds_of, score, show
 
-LATENCY_ROUNDS = 3
+LOWER_IS_BETTER = ('f', 'sf', 'kid')  # how the names begin whose minimum over seeds is worth a line
+DAMAGED = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error)  # of a file that is not whole
 
 
-def generate(generator: Generator, trained: Trained, num: int, folder: pathlib.Path) -> tuple[np.ndarray, float, int]:
-  """Samples 0 .. num-1 uint8, made now or found in `folder`, the seconds that making them took, and how many were made.
+class Samples:
+  """Samples 0 .. num-1 of one generator, made now or found in `folder`, a file for each batch.
 
-  A file holds one batch of ids and appears whole or not at all.
+  A file appears whole or not at all. seconds and made: how long making how many took, whenever that was.
   """
-  images, seconds, made = [], 0.0, 0
-  for start in range(0, num, generator.batch_size):
-    ids = np.arange(start, start + generator.batch_size)
-    path = folder / f'{start:06d}-{ids[-1]:06d}.npz'
-    try:
-      with np.load(path, allow_pickle=False) as found:
-        batch, took = found['image'], float(found['seconds'])
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile, zlib.error):  # absent, or not what was written
-      generator.compile(trained.params)
-      began = time.perf_counter()
-      batch = generator(trained.params, ids, labels_of(ids, trained.model.num_classes))
-      took = time.perf_counter() - began
-      log.write(path, npz(image=batch, id=ids, seconds=np.asarray(took)))
-    images.append(batch)
-    seconds, made = seconds + took, made + len(batch)
-  return np.concatenate(images)[:num], seconds, made
+
+  def __init__(self, generator: Generator, trained: Trained, num: int, folder: pathlib.Path):
+    self.generator, self.trained, self.num, self.folder = generator, trained, num, folder
+    self.seconds, self.made = 0.0, 0
+
+  def batches(self) -> Iterator[tuple[str, np.ndarray]]:
+    """(name, images uint8 [b, *S, C]) of each batch, in order of the ids."""
+    size = self.generator.batch_size
+    self.seconds, self.made, adaptive = 0.0, 0, isinstance(self.generator.calls, list)
+    for start in range(0, self.num, size):
+      ids = np.arange(start, start + size)
+      path = self.folder / f'{start:06d}-{ids[-1]:06d}.npz'
+      try:
+        with np.load(path, allow_pickle=False) as found:
+          images, seconds, calls = found['image'], float(found['seconds']), found['calls'] if adaptive else ()
+        self.generator.calls += list(calls) if adaptive else 0
+      except DAMAGED:
+        self.generator.compile(self.trained.params)
+        known, began = len(self.generator.calls) if adaptive else 0, time.perf_counter()
+        images = self.generator(self.trained.params, ids, labels_of(ids, self.trained.model.num_classes))
+        seconds = time.perf_counter() - began
+        calls = np.asarray(self.generator.calls[known:] if adaptive else [], np.float64)
+        log.write(path, npz(image=images, id=ids, seconds=np.asarray(seconds), calls=calls))
+      self.seconds, self.made = self.seconds + seconds, self.made + len(images)
+      yield path.stem, images[:self.num - start]
+
+  def features(self, extractor: Extractor) -> dict[str, np.ndarray]:
+    """What the extractor gives for all samples, made now or found beside them."""
+    folder, parts = self.folder / f'{extractor.name}-{extractor.digest[:12]}', []
+    for name, images in self.batches():
+      path = folder / f'{name}.npz'
+      try:
+        with np.load(path, allow_pickle=False) as found:
+          seen = {output: found[output] for output in found.files}
+        if len(seen['features']) < len(images):
+          raise KeyError('made for fewer samples')
+      except DAMAGED:
+        seen = extractor.extract(images)
+        log.write(path, npz(**seen))
+      parts.append({output: values[:len(images)] for output, values in seen.items()})
+    return {output: np.concatenate([part[output] for part in parts]) for output in parts[0]}
+
+  def images(self) -> np.ndarray:
+    """All of them, in memory."""
+    return np.concatenate([images for _, images in self.batches()])
 
 
-def reference(config: Config, split: str, extract: Callable[[np.ndarray], Features]) -> tuple[np.ndarray, str]:
-  """Features [N, D] of a split of the run's data, and the SHA-256 of its images and labels."""
-  d = config.data
-  source = sources.load(d.source, split, size=d.size, channels=d.channels, data_dir=d.data_dir,
-                        manual_dir=d.manual_dir, max_bad=d.max_bad)
-  images, labels = sources.arrays(source, d.max_bad)
-  return extract(images).values, sources.digest(images, labels)
+class Evaluator:
+  """Evaluates checkpoints of one run as the flags say, compiling each sampler once."""
 
+  def __init__(self, flags: argparse.Namespace, config: Config):
+    self.flags, self.config, self.workdir = flags, config, pathlib.Path(flags.workdir)
+    self.num = flags.num or config.eval.num_samples
+    if self.num < 2:
+      raise UserError(f'a distance needs at least 2 samples, got --num={self.num}')
+    self.emas = flags.ema.split(',') if flags.ema else [next(iter(config.ema)), 'raw']
+    known = [*config.ema, 'raw']
+    for ema in self.emas:
+      if ema not in known and not ema.endswith('.safetensors'):
+        raise UserError(f'there is no average {ema!r} in this run{nearest(ema, known)}')
+    self.seeds = parse_numbers('--seeds', flags.seeds) if flags.seeds else [flags.seed]
+    self.sweep = list(itertools.product(_numbers('--sweep_steps', flags.sweep_steps, int),
+                                        _numbers('--sweep_guidance', flags.sweep_guidance, float)))
+    self.against = None  # what needs the data and the networks is made at the first evaluation
+    self.generators, self.costs = {}, {}
+    self.records = self.workdir / 'eval.jsonl'
 
-def scores(found: Features, labels: Sequence[int], name: str, ref: Moments, held_out: np.ndarray | None,
-           labelled: bool) -> list[dict[str, Any]]:
-  """The quality records: the Fréchet distance, its floor (real held-out images, scored alike), and the accuracy."""
-  distance = lambda values: frechet_distance(moments(values), ref)
-  records = [{'metric': f'fd_{name}', 'value': distance(found.values),
-              'ci': intervals.bootstrap(distance, found.values), 'unit': ''}]
-  if held_out is not None:
-    records.append({'metric': f'fd_{name}_floor', 'value': distance(held_out), 'unit': '',
-                    'ci': intervals.bootstrap(distance, held_out), 'floor_samples': len(held_out)})
-  if labelled and found.classes is not None:
-    right = int((found.classes == np.asarray(labels)).sum())
-    records.append({'metric': f'accuracy_{name}', 'value': right / len(labels), 'unit': '',
-                    'ci': intervals.proportion(right, len(labels))})
-  return records
+  def step(self, step: int | None) -> None:
+    """Every evaluation of a checkpoint, the newest if `step` is None."""
+    for ema in self.emas:
+      trained, sampling = open_run(argparse.Namespace(**{**vars(self.flags), 'ema': ema, 'step': step}))
+      if self.against is None:
+        self._generators(trained, sampling)
+        self.against = [self._against(text) for text in (self.flags.features or self.config.eval.features).split(',')]
+      params_hash = digest(trained.params)
+      for point in self.sweep:
+        rows = [self._point(trained, sampling, params_hash, point, seed) for seed in self.seeds]
+        if len(rows) > 1:
+          for over_seeds in zip(*rows, strict=True):
+            self._summary(over_seeds)
 
+  def _generators(self, trained, sampling):
+    """A generator for each point: settings that do not fit are known before anything is computed."""
+    for point in self.sweep:
+      settings = self._settings(sampling, point)
+      self.generators[point] = Generator(trained.model, settings, 0, trained.mesh), settings
 
-def speed(generator: Generator, trained: Trained, config: Config, seed: int, seconds: float,
-          made: int) -> list[dict[str, Any]]:
-  """The cost records: samples per second, latency of one image alone, compilation, memory."""
-  single = Generator(trained.model, Config({**config, 'batch_size': 1}), seed, sharding.make_mesh(1, 1))
-  params = jax.device_put(trained.params, jax.devices()[0])
-  single.compile(params)
-  rounds = []
-  for i in range(LATENCY_ROUNDS):
+  @staticmethod
+  def _settings(sampling, point):
+    chosen = {key: value for key, value in zip(('steps', 'guidance'), point, strict=True) if value is not None}
+    return Config({**sampling, **chosen})
+
+  def _against(self, text):
+    """Everything that samples are scored by in the features of one network."""
+    data, split, held = self.config.data, self.config.eval.split, self.config.eval.held_out
+    with explain('--features' if self.flags.features else 'config.eval.features'):
+      extractor = features.make(text)
+    kinds = kinds_of(self.flags.metrics, extractor)
+    with explain('config.data'):
+      if self.flags.reference:
+        ref = given(self.flags.reference, extractor)
+      else:
+        ref = encode.encode(encode.open_data(data, split), extractor, data.max_bad)
+      held_out = None
+      if held and ref.about['features_hash']:  # of published moments nobody says which weights saw them
+        try:
+          held_out = encode.encode(encode.open_data(data, held), extractor, data.max_bad).features[:self.num]
+        except (ValueError, OSError) as e:
+          warnings.warn(f'no floor is measured: {e}', stacklevel=2)
+    return Against(extractor, ref, held_out, kinds, bool(self.flags.metrics))
+
+  def _point(self, trained, sampling, params_hash, point, seed):
+    """One set of samples, by every network: the quality records of each, as they stand in eval.jsonl."""
+    generator, settings = self.generators[point]
+    generator = generator.reseeded(seed)
+    about = {
+        'step': trained.step, 'images': trained.images, 'ema': trained.ema, 'params_hash': params_hash,
+        **describe(settings), 'steps': settings.steps, **{key: settings[key] for key in GUIDANCE},
+        'clip': settings.clip, 'seed': seed, 'batch_size': settings.batch_size}
+    folder = self.workdir / 'eval' / _hash(about)
+    samples = Samples(generator, trained, self.num, folder)
+    return [self._evaluation(samples, point, {'run': self.workdir.resolve().name, **about}, against)
+            for against in self.against]
+
+  def _evaluation(self, samples, point, about, against):
     began = time.perf_counter()
-    single(params, [i], labels_of([i], trained.model.num_classes))
-    rounds.append(time.perf_counter() - began)
-  compiled = generator.compile(trained.params)
-  stats, memory = jax.devices()[0].memory_stats(), compiled.memory_analysis()
-  if stats and 'peak_bytes_in_use' in stats:
-    peak, source = stats['peak_bytes_in_use'], 'the device, since the process began'
-  else:
-    peak = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
-    source = "the compiled sampler's arguments, outputs and temporaries"
-  return [
-      {'metric': 'samples_per_second', 'value': made / seconds, 'ci': None, 'unit': '1/s',
-       'batch_size': generator.batch_size},
-      {'metric': 'latency_seconds', 'value': statistics.median(rounds), 'ci': [min(rounds), max(rounds)],
-       'ci_level': None, 'unit': 's', 'batch_size': 1},
-      {'metric': 'compile_seconds', 'value': generator.compile_seconds, 'ci': None, 'unit': 's'},
-      {'metric': 'peak_memory_bytes', 'value': peak, 'ci': None, 'unit': 'B', 'memory_of': source}]
+    flags, ref, extractor = self.flags, against.ref, against.extractor
+    common = {**about, 'num_samples': self.num, 'features': extractor.name, 'features_hash': extractor.digest,
+              **{key: ref.about[key] for key in ('reference', 'reference_hash', 'reference_samples')},
+              'quantisation': 'round'}
+    identity = {key: value for key, value in common.items() if key not in ('run', 'reference')}
+    evaluation = _hash({**identity, 'kinds': against.kinds, 'price': flags.price_per_hour, 'audit': flags.audit})
+    found = [record for record in log.read_lines(self.records) if record.get('evaluation') == evaluation]
+    found = list({record['metric']: record for record in found}.values())
+    if found and len(found) >= found[0]['lines']:
+      print(f"{_title(found[0])}: found in {self.records}")
+      show(found)
+      return found
+    with explain('features'):
+      seen = samples.features(extractor)
+    labels = labels_of(range(self.num), samples.trained.model.num_classes)
+    with explain('metrics'):
+      lines = score(seen, against, labels if _classes(seen) == samples.trained.model.num_classes else None)
+    if flags.audit:
+      lines += self._audit(samples, seen, against)
+    lines += efficiency.throughput(samples.generator, samples.seconds, samples.made, flags.price_per_hour)
+    if point not in self.costs:
+      settings = self.generators[point][1]
+      self.costs[point] = efficiency.fixed(samples.generator, samples.trained, settings, about['seed'])
+    lines += self.costs[point]
+    common |= {'evaluation': evaluation, 'nfe': samples.generator.nfe, 'lines': len(lines),
+               'seconds': time.perf_counter() - began, 'time': log.now(), **log.provenance()}
+    records = [{**common, 'ci_level': 0.95 if line['ci'] else None, **line} for line in lines]
+    log.append(self.records, *records)
+    print(_title(records[0]))
+    show(records)
+    return records
+
+  def _audit(self, samples, seen, against):
+    from diffusion_jax import audit
+    """Records on whether samples are copies of training images, and their picture."""
+    data, held = self.config.data, self.config.eval.held_out
+    if not held:
+      raise UserError("--audit compares with held-out images: set config.eval.held_out when training")
+    with explain('--audit'):
+      real = [sources.arrays(encode.open_data(data, split), data.max_bad)[0] for split in (data.split, held)]
+      name = against.extractor.name
+      spaces = [{name: against.extractor.extract(images)['features']} for images in real]
+      return audit.run(samples.folder, samples.images(), {name: seen['features']},
+                       *zip(real, spaces, strict=True))
+
+  def _summary(self, over_seeds):
+    """Mean -+ standard errors and minimum over the seeds, as records of their own."""
+    first = over_seeds[0][0]
+    evaluation = _hash({'evaluations': sorted(records[0]['evaluation'] for records in over_seeds)})
+    if any(record.get('evaluation') == evaluation for record in log.read_lines(self.records)):
+      return
+    lines = []
+    for record in over_seeds[0]:
+      if record.get('unit') or record['metric'].endswith('_floor'):
+        continue  # a cost, or no property of the samples
+      values = [next(r['value'] for r in records if r['metric'] == record['metric']) for records in over_seeds]
+      lines += over(record['metric'], values)
+    every = [record for records in over_seeds for record in records]
+    common = {key: value for key, value in first.items() if all(key in r and r[key] == value for r in every)}
+    common |= {'seed': None, 'seeds': self.seeds, 'evaluation': evaluation, 'lines': len(lines), 'time': log.now()}
+    records = [{**common, **line} for line in lines]
+    log.append(self.records, *records)
+    print(f'{len(self.seeds)} seeds')
+    show(records)
+
+
+def over(metric: str, values: Sequence[float]) -> list[dict[str, Any]]:
+  """The lines of a metric's values over seeds: mean -+ t standard errors, and for distances the minimum."""
+  mean, error = float(np.mean(values)), float(np.std(values, ddof=1) / math.sqrt(len(values)))
+  spread = intervals.student(len(values) - 1) * error
+  lines = [{'metric': f'{metric}_mean', 'value': mean, 'ci': (mean - spread, mean + spread), 'ci_level': 0.95,
+            'unit': '', 'standard_error': error}]
+  if metric.startswith(LOWER_IS_BETTER):
+    lines.append({'metric': f'{metric}_min', 'value': min(values), 'ci': None, 'ci_level': None, 'unit': ''})
+  return lines
+
+
+def watch(flags: argparse.Namespace, path: pathlib.Path) -> int:
+  """Evaluates every checkpoint of a run that is there or still comes, until the run is done."""
+  if flags.step is not None:
+    raise UserError('--watch evaluates every checkpoint: give it without --step')
+  while not path.exists():
+    print(f'waiting for {path}')
+    time.sleep(flags.poll_seconds)
+  evaluator, seen = Evaluator(flags, from_json(path)), set()
+  while True:
+    done = (path.parent / 'done.json').exists()  # asked first, so that no last checkpoint is missed
+    if (path.parent / 'checkpoints').is_dir():
+      checkpoints = Checkpoints(path.parent)
+      steps = [step for step in checkpoints.steps() if step not in seen]
+      checkpoints.close()
+      for step in steps:
+        try:
+          evaluator.step(step)
+        except UserError as e:
+          if (path.parent / 'checkpoints' / str(step)).exists():
+            raise
+          print(f'step {step} is gone, newer ones have replaced it ({e})')
+        seen.add(step)
+    if done:
+      return 0
+    time.sleep(flags.poll_seconds)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
   """`diffusion-jax evaluate`: see --help."""
   p = command.parser('evaluate', 'Scores a trained model: one self-describing line per value in WORKDIR/eval.jsonl.')
   add_flags(p)
-  p.add_argument('--features', help=f"what the distance is measured in: {', '.join(extractors.__all__)}")
+  p.add_argument('--features', help=FEATURES)
+  p.add_argument('--metrics', help=f"which of {', '.join(scores.KINDS)} (default: by the features)")
+  p.add_argument('--reference', help='FILE of encode, or .npz with mu and sigma (default: made of the run\'s data)')
+  p.add_argument('--seeds', help='several seeds, such as 0-2: also their mean with standard error, and minimum')
+  p.add_argument('--sweep_steps', help='an evaluation for each number of levels, such as 5,10,20,50')
+  p.add_argument('--sweep_guidance', help='and for each guidance scale, such as 1,1.5,2')
+  p.add_argument('--price_per_hour', type=float, default=0.0, help='of one device, in $: adds the cost of 1,000 images')
+  p.add_argument('--audit', action='store_true', help='are samples copies of training images? With a picture')
+  p.add_argument('--watch', action='store_true', help='every checkpoint of a run, those to come too')
+  p.add_argument('--poll_seconds', type=float, default=30.0, help='how often --watch looks (default 30)')
   flags, overrides = p.parse(argv)
   if overrides:
     raise UserError(f'evaluate takes its config from the run folder: --config.{next(iter(overrides))} is for train')
-  began = time.perf_counter()
-  trained, sampling = open_run(flags)
-  model, config, workdir = trained.model, trained.model.config, pathlib.Path(flags.workdir)
-  name = flags.features or config.eval.features
-  if name not in extractors.__all__:
-    raise UserError(f'there are no features {name!r}{nearest(name, extractors.__all__)}')
-  extract = getattr(extractors, name)
-  num = flags.num or config.eval.num_samples
-  if num < 2:
-    raise UserError(f'a distance needs at least 2 samples, got --num={num}')
-
-  with explain('config.data'):
-    real, ref_hash = reference(config, config.eval.split, extract)
-    held_out = _held_out(config, extract, num)
-  settings = {
-      'run': workdir.resolve().name, 'step': trained.step, 'images': trained.images, 'ema': trained.ema,
-      **describe(sampling), 'steps': sampling.steps, **{key: sampling[key] for key in GUIDANCE}, 'clip': sampling.clip,
-      'seed': flags.seed, 'batch_size': sampling.batch_size}
-  digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
-  folder = workdir / 'eval' / digest
-  generator = Generator(model, sampling, flags.seed, trained.mesh)
-  images, seconds, made = generate(generator, trained, num, folder)
-  labels = labels_of(range(num), model.num_classes)
-  with explain('features'):
-    found = extract(images)
-  log.write(folder / f'features_{name}_{num}.npz', npz(features=found.values, label=np.asarray(labels)))
-
-  with explain('metrics'):
-    quality = scores(found, labels, name, moments(real), held_out, bool(model.num_classes))
-  common = {**settings, 'nfe': generator.nfe, 'num_samples': num,
-            'reference': f'{config.data.source}/{config.eval.split}', 'reference_hash': ref_hash,
-            'reference_samples': len(real), 'features': name, 'features_hash': found.extractor_hash,
-            'time': log.now(), **log.provenance()}
-  for record in quality + speed(generator, trained, sampling, flags.seed, seconds, made):
-    log.append(workdir / 'eval.jsonl', {'ci_level': 0.95 if record['ci'] else None, **record, **common,
-                                        'seconds': time.perf_counter() - began})
-    interval = '' if record['ci'] is None else f' [{record["ci"][0]:.4g}, {record["ci"][1]:.4g}]'
-    print(f'{record["metric"]:>20}: {record["value"]:.4g}{interval} {record["unit"]}'.rstrip())
-  print(f'{num} samples, {generator.nfe} network calls each -> {workdir / "eval.jsonl"}')
+  if not flags.price_per_hour >= 0:
+    raise UserError(f'--price_per_hour must be at least 0, got {flags.price_per_hour}')
+  path = pathlib.Path(flags.workdir) / 'config.json'
+  if flags.watch:
+    return watch(flags, path)
+  evaluator = Evaluator(flags, from_json(path))
+  evaluator.step(flags.step)
+  print(f'-> {evaluator.records}')
   return 0
 
 
-def _held_out(config: Config, extract: Callable, num: int) -> np.ndarray | None:
-  """Features of as many held-out images as there are samples, if there are so many; None without a held-out split."""
-  if not config.eval.held_out:
-    return None
+def _numbers(flag, text, kind):
+  """'1,2.5' as numbers; [None] if there is no text."""
+  if not text:
+    return [None]
   try:
-    return reference(config, config.eval.held_out, extract)[0][:num]
-  except (ValueError, OSError) as e:
-    warnings.warn(f'no floor is measured: {e}', stacklevel=2)
-    return None
+    return [kind(word) for word in text.split(',')]
+  except ValueError:
+    raise UserError(f'{flag} must be numbers like 5,10,20, got {text!r}') from None
+
+
+def _classes(seen):
+  return seen['logits'].shape[1] if 'logits' in seen else 0
+
+
+def _hash(value):
+  return hashlib.sha256(json.dumps(log.plain(value), sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _title(record):
+  guidance = '' if record['guidance'] == 1 else f', guidance {record["guidance"]:g}'
+  return (f'{record["ema"]} at step {record["step"]}, {record["sampler"]}, {record["nfe"]} network calls{guidance}, '
+          f'seed {record["seed"]}, {record["num_samples"]:,} samples')
 
 
 if __name__ == '__main__':

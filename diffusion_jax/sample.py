@@ -3,6 +3,7 @@
 Sample i depends on (seed, i) alone: the same image in any batch, on any number of devices. The last batch is padded,
 not compiled anew.
 """
+import copy
 import io
 import math
 import pathlib
@@ -49,21 +50,21 @@ class Generator:
     if negative >= 0 and config.guidance == 1:
       raise UserError('a negative class needs guidance: give --guidance other than 1')
     self.batch_size, self.trajectory, self.mesh = config.batch_size, trajectory, mesh
-    self._calls = self.sampler.nfe(config.steps) if self.sampler.calls else []  # a list: each sample has its own
+    self.calls = self.sampler.nfe(config.steps) if self.sampler.calls else []  # a list: each sample has its own
     with explain('sampling'):
       guided(lambda x, level: x, lambda x, level: x, config)  # its settings are checked before anything is compiled
     self._networks = 1 if config.guidance == 1 else 2
     if _limited(config) and self.sampler.calls:
       ratio = _visited(self.sampler, self.grid)
       inside = (config.guidance_low < ratio) & (ratio <= (config.guidance_high or math.inf))
-      self._calls, self._networks = self._calls + int(inside.sum()), 1
+      self.calls, self._networks = self.calls + int(inside.sum()), 1
     self._compiled = None
     self.compile_seconds = 0.0
-    root = model_lib.key(seed, 'sample')
+    self._root = model_lib.key(seed, 'sample')
     counts = not self.sampler.calls and not trajectory
     sampler = adaptive.counted(self.sampler) if counts else self.sampler
 
-    def generate(params, grid, ids, labels):
+    def generate(params, root, grid, ids, labels):
       keys = jax.vmap(lambda i: jax.random.fold_in(root, i))(ids)
       ref = model.cond(labels, jnp.ones(labels.shape, bool)) if negative < 0 else model.cond(0 * labels + negative)
       denoise = guided(model.denoiser(params, model.cond(labels)), model.denoiser(params, ref), config)
@@ -74,13 +75,21 @@ class Generator:
 
     self._generate = jax.jit(generate)
 
+  def reseeded(self, seed: int) -> 'Generator':
+    """The same, compiled too, with another seed of all samples."""
+    other = copy.copy(self)
+    other._root = model_lib.key(seed, 'sample')
+    if isinstance(other.calls, list):
+      other.calls = []
+    return other
+
   @property
   def nfe(self) -> int:
     """Network evaluations for a sample; guidance that is skipped does not count.
 
     Of an adaptive sampler: the mean of those drawn so far, 0 before the first, and as if guidance were never skipped.
     """
-    calls = self._calls if isinstance(self._calls, int) else math.ceil(np.mean(self._calls or [0]))
+    calls = self.calls if isinstance(self.calls, int) else math.ceil(np.mean(self.calls or [0]))
     return calls * self._networks
 
   def compile(self, params: Any) -> 'jax.stages.Compiled':
@@ -96,14 +105,15 @@ class Generator:
     compiled = self.compile(params)
     out, calls = jax.device_get(compiled(*self._arguments(params, np.asarray(ids), np.asarray(labels))))
     if len(calls):
-      self._calls += calls[:len(ids)].tolist()
+      self.calls += calls[:len(ids)].tolist()
     if not self.trajectory:
       return out[:len(ids)]
     return out[0][:len(ids)], jax.tree.map(lambda a: a[:, :len(ids)], out[1])
 
   def _arguments(self, params: Any, ids: np.ndarray, labels: np.ndarray) -> tuple:
     grid = self._grid_of(params['process']) if jax.tree.leaves(params['process']) else self.grid
-    return params, jax.device_put(grid, sharding.replicated(self.mesh)), *self._put(ids, labels)
+    root, grid = jax.device_put((self._root, grid), sharding.replicated(self.mesh))
+    return params, root, grid, *self._put(ids, labels)
 
   def _put(self, ids: np.ndarray, labels: np.ndarray) -> tuple[Array, Array]:
     padded = lambda a, dtype: np.resize(a, self.batch_size).astype(dtype)  # repeats, or zeros from an empty array

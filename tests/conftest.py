@@ -15,6 +15,7 @@ os.environ.setdefault('XLA_FLAGS', ' '.join(QUICK))
 # Programs are compiled once for the whole session, its subprocesses included.
 os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', tempfile.mkdtemp(prefix='diffusion_jax_tests_'))
 os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0.2')
+os.environ['DIFFUSION_JAX_CACHE'] = tempfile.mkdtemp(prefix='diffusion_jax_cache_')  # of weights and references
 ROOT = pathlib.Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))  # configs/, experiments/ and launch/ are used from the checkout
 

@@ -1,18 +1,24 @@
 """Laws of the metrics, and of the records that say how they were made."""
-import importlib.resources
 import json
+import shutil
+import time
+import types
 
+import jax
 import numpy as np
 import pytest
 import scipy.linalg
+from conftest import tiny_config
 
-from diffusion_jax import evaluate
-from diffusion_jax.data import sources
+from diffusion_jax import encode, evaluate, train
 from diffusion_jax.metrics import features, frechet, intervals
 from diffusion_jax.runtime import command, log
 
-RECORD = {'metric', 'value', 'ci', 'run', 'step', 'ema', 'sampler', 'grid', 'nfe', 'guidance', 'seed', 'num_samples',
-          'reference', 'reference_hash', 'features', 'features_hash', 'seconds', 'device', 'versions', 'git_revision'}
+RECORD = {'metric', 'value', 'ci', 'run', 'step', 'images', 'ema', 'params_hash', 'sampler', 'grid', 'steps', 'nfe',
+          'guidance', 'clip', 'seed', 'batch_size', 'num_samples', 'reference', 'reference_hash', 'reference_samples',
+          'features', 'features_hash', 'quantisation', 'evaluation', 'seconds', 'time', 'device', 'versions',
+          'git_revision'}
+COST = {'samples_per_second', 'latency_seconds', 'compile_seconds', 'peak_memory_bytes', 'flops_per_image'}
 
 
 def test_distance_of_normals_is_the_closed_form():
@@ -70,56 +76,154 @@ def test_intervals_cover():
   assert abs(held / 200 - 0.95) < 4 * np.sqrt(0.95 * 0.05 / 200)
 
 
-def test_the_digits_classifier_reaches_what_its_weights_claim():
-  images, labels = sources.arrays(sources.load('digits', 'test'))
-  data = importlib.resources.files('diffusion_jax.metrics').joinpath(features.WEIGHTS).read_bytes()
-  header = json.loads(data[8:8 + int.from_bytes(data[:8], 'little')])
-  found = features.digits(images, batch_size=64)
-  accuracy = (found.classes == labels).mean()
-  assert accuracy == pytest.approx(float(header['__metadata__']['test_accuracy']), abs=0.004)
-  assert accuracy > 0.97
-  np.testing.assert_allclose(features.digits(images[:3]).values, found.values[:3], atol=1e-5)  # no batch size matters
-
-
 def test_pixel_features_are_block_means():
   image = np.arange(16 * 16 * 3, dtype=np.uint8).reshape(1, 16, 16, 3)
   expected = image.reshape(8, 2, 8, 2, 3).mean((1, 3)).reshape(1, -1) / 255
-  np.testing.assert_allclose(features.pixels(image).values, expected, rtol=1e-5)
-  assert features.pixels(np.zeros((2, 5, 1), np.uint8)).values.shape == (2, 5)
+  np.testing.assert_allclose(features.make('pixels').extract(image)['features'], expected, rtol=1e-5)
+  assert features.make('pixels').extract(np.zeros((2, 5, 1), np.uint8))['features'].shape == (2, 5)
 
 
-def test_records_describe_themselves_and_resume(tiny_run, capsys):
-  """An evaluation that lost a batch makes that batch again, to the byte, and the same value."""
-  assert command.run(evaluate.main, [f'--workdir={tiny_run}']) == 0
-  first = log.read_lines(tiny_run / 'eval.jsonl')
-  assert {r['metric'] for r in first} == {'fd_digits', 'fd_digits_floor', 'accuracy_digits', 'samples_per_second',
-                                          'latency_seconds', 'compile_seconds', 'peak_memory_bytes'}
-  for record in first:
+@pytest.fixture
+def run(tiny_run, tmp_path):
+  """A copy of the tiny run that nothing has evaluated."""
+  return shutil.copytree(tiny_run, tmp_path / 'run', ignore=shutil.ignore_patterns('eval', 'eval.jsonl'))
+
+
+def evaluated(run, *flags):
+  """The lines that an evaluation adds to eval.jsonl."""
+  known = len(log.read_lines(run / 'eval.jsonl'))
+  assert command.run(evaluate.main, [f'--workdir={run}', *flags]) == 0
+  return log.read_lines(run / 'eval.jsonl')[known:]
+
+
+def test_records_describe_themselves(run):
+  records = evaluated(run)
+  assert {r['metric'] for r in records} == COST | {'fd_digits_24', 'fd_digits_24_floor', 'accuracy_digits_24'}
+  assert {r['ema'] for r in records} == {'main', 'raw'}
+  for record in records:
     assert set(record) >= RECORD
-    assert record['num_samples'] == 24
-    assert record['nfe'] == 4
+    assert (record['num_samples'], record['nfe'], record['reference']) == (24, 4, 'digits/train')
     if record['ci']:
       assert record['ci'][0] <= record['value'] <= record['ci'][1]
-  by_name = {r['metric']: r['value'] for r in first}
-  assert by_name['fd_digits'] > by_name['fd_digits_floor']  # 32 steps make no digits
+  main = {r['metric']: r['value'] for r in records if r['ema'] == 'main'}
+  assert main['fd_digits_24'] > main['fd_digits_24_floor']  # 32 steps make no digits
+  assert len({r['evaluation'] for r in records}) == len({r['params_hash'] for r in records}) == 2
 
-  files = sorted((tiny_run / 'eval').glob('*/0*.npz'))
+
+def test_an_evaluation_cut_off_continues_to_the_same_value_and_is_not_made_twice(run, capsys):
+  """What is missing or damaged is made again, to the byte; what is there is not touched."""
+  first = evaluated(run, '--ema=main')
+  assert evaluated(run, '--ema=main') == []
+  assert 'found in' in capsys.readouterr().out
+  files = sorted((run / 'eval').glob('*/0*.npz'))
   assert [p.name for p in files] == ['000000-000007.npz', '000008-000015.npz', '000016-000023.npz']
+  seen = sorted((run / 'eval').glob('*/digits-*/0*.npz'))
   kept = [np.load(p)['image'] for p in files]
-  files[1].unlink()
-  files[2].write_bytes(files[2].read_bytes()[:100])
-  untouched = files[0].stat().st_mtime_ns
-  assert command.run(evaluate.main, [f'--workdir={tiny_run}']) == 0
-  assert files[0].stat().st_mtime_ns == untouched
+  for folder in (files, seen):
+    folder[1].unlink()
+    folder[2].write_bytes(folder[2].read_bytes()[:100])
+  (run / 'eval.jsonl').write_text(json.dumps(first[0]) + '\n' + json.dumps(first[1])[:50])  # killed while writing
+  untouched = files[0].stat().st_mtime_ns, seen[0].stat().st_mtime_ns
+  again = evaluated(run, '--ema=main')
+  assert (files[0].stat().st_mtime_ns, seen[0].stat().st_mtime_ns) == untouched
   for path, image in zip(files, kept, strict=True):
     np.testing.assert_array_equal(np.load(path)['image'], image)
-  again = log.read_lines(tiny_run / 'eval.jsonl')[len(first):]
-  assert again[0]['value'] == first[0]['value']
+  quality = lambda records: [(r['metric'], r['value'], r['ci']) for r in records if r['unit'] == '']
+  assert quality(again) == quality(first)
+  evaluated(run, '--ema=main', '--num=32')  # a larger one begins with what is there
+  assert (files[0].stat().st_mtime_ns, seen[0].stat().st_mtime_ns) == untouched
+
+
+def test_another_training_in_the_same_folder_is_another_evaluation(run):
+  """The samples are kept by the parameters' own hash: those of a run that was overwritten are never taken for new."""
+  first = evaluated(run, '--ema=main', '--seed=3')
+  folders = set((run / 'eval').iterdir())
+  shutil.rmtree(run / 'checkpoints')
+  (run / 'done.json').unlink()
+  assert train.train(tiny_config(seed=1), run, True) == 0
+  second = evaluated(run, '--ema=main', '--seed=3')
+  assert second[0]['params_hash'] != first[0]['params_hash'] and second[0]['value'] != first[0]['value']
+  assert len(set((run / 'eval').iterdir()) - folders) == 1
+
+
+def test_sweeps_seeds_and_a_price(run):
+  records = evaluated(run, '--ema=main', '--sweep_steps=2,4', '--sweep_guidance=1,2', '--seeds=0-2', '--num=16',
+                      '--price_per_hour=3.6')
+  single = [r for r in records if r['seed'] is not None]
+  assert {(r['steps'], r['guidance'], r['nfe']) for r in single} == {(2, 1, 2), (2, 2, 4), (4, 1, 4), (4, 2, 8)}
+  for point in ((2, 1), (4, 2)):
+    here = [r for r in records if (r['steps'], r['guidance']) == point]
+    values = [r['value'] for r in here if r['metric'] == 'fd_digits_16']
+    mean, = (r for r in here if r['metric'] == 'fd_digits_16_mean')
+    least, = (r for r in here if r['metric'] == 'fd_digits_16_min')
+    assert len(set(values)) == 3 and mean['seeds'] == least['seeds'] == [0, 1, 2]
+    assert mean['value'] == pytest.approx(np.mean(values)) and least['value'] == min(values)
+    error = np.std(values, ddof=1) / np.sqrt(3)
+    assert mean['standard_error'] == pytest.approx(error)
+    assert mean['ci'][1] - mean['value'] == pytest.approx(4.302653 * error, rel=1e-6)  # Student's t, 2 degrees
+    flops = {r['value'] for r in here if r['metric'] == 'flops_per_image'}
+    assert len(flops) == 1 and flops.pop() > 0
+  flops = {r['nfe']: r['value'] for r in single if r['metric'] == 'flops_per_image'}
+  assert flops[8] == 2 * flops[4] == 4 * flops[2]
+  cost, rate = ([r['value'] for r in single if r['metric'] == name] for name in
+                ('cost_per_1000_images', 'samples_per_second'))
+  devices = jax.device_count()
+  assert cost == pytest.approx([1000 / r * devices * 0.001 for r in rate])
+  assert evaluated(run, '--ema=main', '--sweep_steps=2,4', '--sweep_guidance=1,2', '--seeds=0-2', '--num=16',
+                   '--price_per_hour=3.6') == []
+
+
+def test_several_features_look_at_the_same_samples(run):
+  records = evaluated(run, '--ema=main', '--features=digits,pixels', '--metrics=fd,kid,precision_recall')
+  assert {r['metric'] for r in records} - COST == {
+      f'{name}_{features}_24' for features in ('digits', 'pixels') for name in ('fd', 'kid', 'precision', 'recall')
+  } | {'fd_digits_24_floor', 'fd_pixels_24_floor'}
+  assert len(list((run / 'eval').glob('*/0*.npz'))) == 3
+
+
+def test_a_given_reference_scores_as_the_runs_own(run, tmp_path):
+  own = evaluated(run, '--ema=main')
+  assert command.run(encode.main, ['--features=digits', f'--workdir={run}', f'--out={tmp_path}/ref.safetensors']) == 0
+  given = evaluated(run, '--ema=main', '--seed=1', f'--reference={tmp_path}/ref.safetensors')
+  assert own[0]['reference_hash'] == given[0]['reference_hash']
+  assert evaluated(run, '--ema=main', f'--reference={tmp_path}/ref.safetensors') == []  # it is the same evaluation
+
+
+def test_watch_evaluates_each_checkpoint_once(run, capsys):
+  records = evaluated(run, '--watch', '--ema=main', '--num=8', '--poll_seconds=0.01')
+  assert {r['step'] for r in records} == {24, 32}
+  assert evaluated(run, '--watch', '--ema=main', '--num=8') == []
+
+
+def test_watch_follows_a_run_that_is_still_training(run, monkeypatch):
+  """It waits for the folder, takes what is there, and ends only when the run is done and everything is evaluated."""
+  checkpoint, done = run / 'checkpoints' / '32', run / 'done.json'
+  away = {path: path.rename(run.parent / f'away{i}') for i, path in enumerate([run / 'config.json', checkpoint, done])}
+  come, naps = list(away), []
+
+  def nap(seconds):
+    naps.append(seconds)
+    away[come[0]].rename(come[0])  # one more thing appears while the watcher sleeps
+    come.pop(0)
+
+  monkeypatch.setattr(evaluate, 'time', types.SimpleNamespace(sleep=nap, perf_counter=time.perf_counter))
+  records = evaluated(run, '--watch', '--ema=main', '--num=8', '--poll_seconds=7')
+  assert naps == [7, 7, 7] and not come
+  assert [r['step'] for r in records if r['metric'] == 'fd_digits_8'] == [24, 32]
 
 
 @pytest.mark.parametrize(('flags', 'words'), [
     (['--num=1'], 'at least 2 samples, got --num=1'),
     (['--features=digit'], "no features 'digit'; did you mean 'digits'?"),
+    (['--metrics=fid'], "no metric 'fid'; did you mean 'fd'?"),
+    (['--metrics=is'], "'is' needs Inception's logits"),
+    (['--sweep_steps=5,x'], "--sweep_steps must be numbers like 5,10,20, got '5,x'"),
+    (['--sweep_steps=5,2000'], '2000 sampling steps do not fit in a chain of 1000'),
+    (['--ema=main,rwa'], "no average 'rwa' in this run; did you mean 'raw'?"),
+    (['--seeds=a'], "--seeds must be numbers like 3,5,10-12, got 'a'"),
+    (['--price_per_hour=-1'], '--price_per_hour must be at least 0, got -1.0'),
+    (['--watch', '--step=24'], 'give it without --step'),
+    (['--reference=/nowhere.npz'], 'there is no reference /nowhere.npz'),
     (['--workdir=/nowhere'], "'/nowhere'"),
 ])
 def test_bad_flags_get_one_sentence(tiny_run, capsys, flags, words):

@@ -186,7 +186,7 @@ def test_the_weights_are_found_or_it_is_said_where_to_get_them(tmp_path, small_f
   content, known = small_file
   with pytest.raises(FileNotFoundError) as error:
     weights.find()
-  for part in (str(tmp_path / 'cache'), known.url, 'fd_digits', 'fd_cifar', 'pixels'):
+  for part in (str(tmp_path / 'cache'), known.url, 'digits', 'cifar', 'pixels'):
     assert part in str(error.value)
   with pytest.raises(FileNotFoundError, match=r'mine\.pth'):
     weights.find(str(tmp_path / 'mine.pth'))

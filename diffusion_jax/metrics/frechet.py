@@ -4,11 +4,7 @@ FID, sFID and FD-DINOv2 are this distance on different features. `Moments` of ba
 features of 2048 need no more memory than one chunk and a few matrices.
 """
 import functools
-import os
-import zipfile
-import zlib
 from collections.abc import Iterable
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -76,19 +72,6 @@ def merge(parts: Iterable[Moments]) -> Moments:
   if first is None:
     raise ValueError('there are no moments to merge: give those of at least one batch')
   return functools.reduce(_merge, parts, first)
-
-
-def load(path: str | os.PathLike) -> Moments:
-  """Reads an npz of the fields of Moments; nothing in it is executed. Raises OSError for a file that holds none."""
-  try:
-    with Path(path).open('rb') as file, np.load(file, allow_pickle=False) as z:
-      n, mean, cov = int(z['n']), np.asarray(z['mean'], np.float64), np.asarray(z['cov'], np.float64)
-  except (ValueError, TypeError, KeyError, IndexError, EOFError, AttributeError, zipfile.BadZipFile, zlib.error) as e:
-    raise OSError(f'{path} holds no moments of features ({type(e).__name__}): make it again') from e
-  if n < 0 or mean.ndim != 1 or cov.shape != 2 * mean.shape or not (np.isfinite(mean).all() and np.isfinite(cov).all()):
-    raise OSError(f'{path} holds no moments of features (n {n}, mean {mean.shape}, covariance {cov.shape}): '
-                  f'make it again')
-  return Moments(n, mean, cov)
 
 
 def frechet_distance(a: Moments, b: Moments) -> float:

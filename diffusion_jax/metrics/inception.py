@@ -18,7 +18,8 @@ from jax import lax
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 
-__all__ = ['OUTPUTS', 'Inception', 'extract', 'from_tensorflow', 'from_torch', 'load', 'prepare', 'to_safetensors']
+__all__ = ['OUTPUTS', 'Inception', 'extract', 'from_arrays', 'from_tensorflow', 'from_torch', 'load', 'prepare',
+           'to_safetensors']
 
 SIZE = 299
 EPSILON = 1e-3  # of every batch normalisation
@@ -233,6 +234,18 @@ def shapes() -> dict[tuple[str, str], tuple[int, ...]]:
   return {(module, name): leaf.shape for module, leaves in tree.items() for name, leaf in leaves.items()}
 
 
+def from_arrays(arrays: Mapping[str, np.ndarray]) -> dict:
+  """The parameters, from whichever of these the names are of: TensorFlow's graph, the PyTorch port, `to_safetensors`.
+
+  Raises ValueError as `from_torch` does.
+  """
+  if 'softmax/weights' in arrays:
+    return from_tensorflow(arrays)
+  if 'fc.kernel' in arrays:
+    return _tree(arrays, _ours())
+  return from_torch(arrays)
+
+
 def from_torch(arrays: Mapping[str, np.ndarray]) -> dict:
   """The parameters, from the state dict of the PyTorch port ('Mixed_5b.branch1x1.conv.weight', ...) as numpy arrays.
 
@@ -287,7 +300,11 @@ def load(path: str | os.PathLike) -> dict:
     arrays = load_file(path)
   except SafetensorError as e:
     raise ValueError(f'{path} is not a whole safetensors file ({e}): convert the original weights again') from e
-  return _tree(arrays, {'.'.join(key): key for key in shapes()})
+  return _tree(arrays, _ours())
+
+
+def _ours():
+  return {'.'.join(key): key for key in shapes()}
 
 
 def _tree(arrays, keys, axes=None):

@@ -1,4 +1,5 @@
 """Other people's weight files: found, downloaded, checked, and read as arrays, with none of their code run."""
+import contextlib
 import hashlib
 import http.client
 import math
@@ -17,7 +18,7 @@ import safetensors.numpy
 
 from diffusion_jax.metrics import torch_files
 
-__all__ = ['FID_INCEPTION', 'cache', 'check', 'download', 'find', 'read', 'sha256']
+__all__ = ['FID_INCEPTION', 'cache', 'check', 'download', 'fetch', 'find', 'keep', 'read', 'sha256']
 MAX_SPLAT = 2 ** 16     # elements of a TensorFlow constant that is stored as one number
 # TensorFlow's DataType: NumPy's type, the field of TensorProto with its values, the wire type of one such value.
 TENSORFLOW = {1: ('<f4', 5, 5), 2: ('<f8', 6, 1), 3: ('<i4', 7, 0), 9: ('<i8', 10, 0)}
@@ -97,7 +98,39 @@ def find(name: str = '') -> pathlib.Path:
       return path
   raise FileNotFoundError(
       f'the weights of the FID Inception are not in {cache()}: download {FID_INCEPTION.url} into that folder, '
-      f'name a file that you have, or use what needs no weights: fd_digits, fd_cifar or pixels')
+      f'name a file that you have (inception:FILE), or use features that need none: digits, cifar or pixels')
+
+
+def fetch(name: str = '') -> pathlib.Path:
+  """As `find`, but what is not in the cache is downloaded into it, with a line that says so.
+
+  Raises FileNotFoundError that says what to do if it cannot be had.
+  """
+  try:
+    return find(name)
+  except FileNotFoundError as missing:
+    if name:
+      raise
+    known = FID_INCEPTION
+    print(f'fetching {known.url} ({known.size / 2 ** 20:.0f} MiB) into {cache()}')
+    try:
+      return download(known.url, cache() / known.names[0], known.digest, known.size)
+    except (OSError, ValueError) as error:
+      raise FileNotFoundError(f'{missing} ({error})') from error
+
+
+def keep(path: pathlib.Path, data: bytes) -> None:
+  """Keeps a file in the cache, whole or not at all; a cache that cannot be written is done without."""
+  partial = path.with_name(f'.{uuid.uuid4().hex}.partial')
+  try:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial.write_bytes(data)
+    os.replace(partial, path)
+  except OSError as error:
+    warnings.warn(f'{path} cannot be kept, so it will be made again ({error})', stacklevel=2)
+  finally:
+    with contextlib.suppress(OSError):
+      partial.unlink(missing_ok=True)
 
 
 def download(url: str, path: str | os.PathLike, digest: str, size: int) -> pathlib.Path:

@@ -38,15 +38,15 @@ def write_json(path: pathlib.Path, value: Any) -> None:
   write(path, json.dumps(plain(value), indent=1) + '\n')
 
 
-def append(path: pathlib.Path, record: Mapping[str, Any]) -> None:
-  """Appends one JSON line; a last line that a killed writer left unfinished stays by itself."""
+def append(path: pathlib.Path, *records: Mapping[str, Any]) -> None:
+  """Appends a JSON line for each record at once; a last line that a killed writer left unfinished stays by itself."""
   path.parent.mkdir(parents=True, exist_ok=True)
   with open(path, 'ab+') as f:
     if f.tell():
       f.seek(-1, os.SEEK_END)
       if f.read(1) != b'\n':
         f.write(b'\n')
-    f.write((json.dumps(plain(record)) + '\n').encode())
+    f.write(''.join(json.dumps(plain(record)) + '\n' for record in records).encode())
 
 
 def read_lines(path: pathlib.Path) -> list[dict]:

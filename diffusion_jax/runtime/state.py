@@ -46,13 +46,18 @@ def named_leaves(tree: Tree) -> Iterator[tuple[str, Any]]:
 
 
 def fingerprint(state: TrainState) -> str:
-  """SHA-256 over names, types, shapes and bytes of all parameters and averages, in order of their names."""
-  digest = hashlib.sha256()
-  for name, leaf in sorted(named_leaves({'params': state.params, 'emas': state.emas})):
+  """The `digest` of all parameters and averages."""
+  return digest({'params': state.params, 'emas': state.emas})
+
+
+def digest(tree: Tree) -> str:
+  """SHA-256 over names, types, shapes and bytes of the arrays of a tree, in order of their names."""
+  sha = hashlib.sha256()
+  for name, leaf in sorted(named_leaves(tree)):
     array = np.asarray(jax.device_get(leaf))
-    digest.update(f'{name} {array.dtype} {array.shape}\n'.encode())
-    digest.update(np.ascontiguousarray(array).tobytes())
-  return digest.hexdigest()
+    sha.update(f'{name} {array.dtype} {array.shape}\n'.encode())
+    sha.update(np.ascontiguousarray(array).tobytes())
+  return sha.hexdigest()
 
 
 def num_parameters(params: Tree) -> int:

@@ -1,0 +1,67 @@
+"""What a sample costs: time, latency, memory, FLOPs, and money if the price of a device is known."""
+import statistics
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from diffusion_jax.model import Model, Trained
+from diffusion_jax.runtime import sharding
+from diffusion_jax.runtime.config import Config
+from diffusion_jax.sample import Generator, labels_of
+
+LATENCY_ROUNDS = 3
+
+
+def fixed(generator: Generator, trained: Trained, config: Config, seed: int) -> list[dict[str, Any]]:
+  """The records that depend on the sampling settings alone: latency of one image, compilation, memory, FLOPs."""
+  rounds = _latencies(trained, config, seed)
+  memory = generator.compile(trained.params).memory_analysis()
+  records = [
+      {'metric': 'latency_seconds', 'value': statistics.median(rounds), 'ci': [min(rounds), max(rounds)],
+       'ci_level': None, 'unit': 's', 'batch_size': 1},
+      {'metric': 'compile_seconds', 'value': generator.compile_seconds, 'ci': None, 'unit': 's'}]
+  if memory:
+    peak = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
+    records.append({'metric': 'peak_memory_bytes', 'value': peak, 'ci': None, 'unit': 'B',
+                    'memory_of': "one device: the compiled sampler's arguments, outputs and temporaries"})
+  if flops := network_flops(trained.model, trained.params, generator.batch_size):
+    records.append({'metric': 'flops_per_image', 'value': flops * generator.nfe, 'ci': None, 'unit': 'FLOP',
+                    'flops_of': "XLA's count for one network call, times the calls"})
+  return records
+
+
+def throughput(generator: Generator, seconds: float, made: int, price_per_hour: float) -> list[dict[str, Any]]:
+  """The records of `made` samples that took `seconds`, compilation apart; price_per_hour is of one device, 0: none."""
+  records = [{'metric': 'samples_per_second', 'value': made / seconds, 'ci': None, 'unit': '1/s'}]
+  if price_per_hour:
+    cost = 1000 * seconds / made * generator.mesh.size * price_per_hour / 3600
+    records.append({'metric': 'cost_per_1000_images', 'value': cost, 'ci': None, 'unit': '$',
+                    'price_per_hour': price_per_hour})
+  return records
+
+
+def network_flops(model: Model, params: Any, batch_size: int) -> float:
+  """FLOPs of the network for one image, by XLA's count before optimisation; 0 where XLA does not say."""
+  def call(params, x, labels):
+    level = model.diffusion.process.level(jnp.full(batch_size, 0.5), params['process'])
+    return model.denoiser(params, model.cond(labels))(x, level)
+
+  shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), params)
+  x = jax.ShapeDtypeStruct((batch_size, *model.shape), jnp.float32)
+  cost = jax.jit(call).lower(shapes, x, jax.ShapeDtypeStruct((batch_size,), jnp.int32)).cost_analysis()
+  return max((cost or {}).get('flops', 0.0), 0.0) / batch_size
+
+
+def _latencies(trained, config, seed):
+  """Seconds of a few samples drawn one at a time on one device."""
+  single = Generator(trained.model, Config({**config, 'batch_size': 1}), seed, sharding.make_mesh(1, 1))
+  params = jax.device_put(trained.params, jax.devices()[0])
+  single.compile(params)
+  rounds = []
+  for i in range(LATENCY_ROUNDS):
+    began = time.perf_counter()
+    single(params, [i], labels_of([i], trained.model.num_classes))
+    rounds.append(time.perf_counter() - began)
+  return rounds
