@@ -15,7 +15,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from safetensors.numpy import load
+from safetensors.numpy import load, save
 
 __all__ = ['SHAPES', 'CifarClassifier', 'DigitsClassifier', 'about', 'classify', 'digest']
 SHAPES = {'digits': (8, 8, 1), 'cifar': (32, 32, 3)}  # of the images that each one takes
@@ -101,14 +101,27 @@ def about(name: str) -> dict[str, str]:
   return dict(_read(name)[2])
 
 
+def pack(arrays: dict[str, np.ndarray], metadata: dict[str, str]) -> bytes:
+  """A weight file, the inverse of `parse`: the same bytes for the same content."""
+  data = save(arrays, metadata=metadata)
+  header, end = _header(data)
+  text = json.dumps(header, sort_keys=True).encode()  # the library's own order of the metadata is a random one
+  text += b' ' * (-len(text) % 8)
+  return len(text).to_bytes(8, 'little') + text + data[end:]
+
+
 def parse(data: bytes) -> tuple[dict, dict[str, str]]:
   """(variables, metadata) of a weight file: tensors 'layer/parameter', and text in its header."""
   params = {}
   for name, array in load(data).items():
     layer, parameter = name.split('/')
     params.setdefault(layer, {})[parameter] = array
-  header = json.loads(data[8:8 + int.from_bytes(data[:8], 'little')])
-  return {'params': params}, header.get('__metadata__', {})
+  return {'params': params}, _header(data)[0].get('__metadata__', {})
+
+
+def _header(data):
+  end = 8 + int.from_bytes(data[:8], 'little')
+  return json.loads(data[8:end]), end
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -13,10 +13,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from safetensors.numpy import save
 
 from diffusion_jax.data import sources
-from diffusion_jax.metrics import features
+from diffusion_jax.metrics import classifiers
 from diffusion_jax.runtime import command, log
 from diffusion_jax.runtime.state import named_leaves
 
@@ -26,10 +25,10 @@ STEPS, BATCH, SEED = 3000, 128, 0
 def main(argv=None) -> int:
   """Trains, prints the accuracy on the held-out digits, writes the weights."""
   p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-  p.add_argument('--out', default=pathlib.Path(features.__file__).with_name(features.WEIGHTS))
+  p.add_argument('--out', default=pathlib.Path(classifiers.__file__).with_name('digits.safetensors'))
   flags = p.parse_args(argv)
   images, labels = sources.arrays(sources.load('digits', 'train'))
-  net, optimizer = features.DigitsClassifier(), optax.adam(optax.cosine_decay_schedule(2e-3, STEPS))
+  net, optimizer = classifiers.DigitsClassifier(), optax.adam(optax.cosine_decay_schedule(2e-3, STEPS))
   variables = net.init(jax.random.key(SEED), jnp.zeros((1, 8, 8, 1)))
   state = optimizer.init(variables)
 
@@ -55,7 +54,7 @@ def main(argv=None) -> int:
   accuracy = float((np.asarray(net.apply(variables, images / 255.0)[1]).argmax(-1) == labels).mean())
   arrays = {name: np.asarray(leaf) for name, leaf in named_leaves(variables['params'])}
   metadata = {'test_accuracy': f'{accuracy:.4f}', 'made_by': 'experiments.digits_classifier.train', 'seed': str(SEED)}
-  log.write(flags.out, save(arrays, metadata=metadata))
+  log.write(flags.out, classifiers.pack(arrays, metadata))
   print(f'{100 * accuracy:.1f} % of the {len(labels)} held-out digits are right -> {flags.out}')
   return 0
 
