@@ -1,9 +1,9 @@
-"""Are samples copies of training images? What `evaluate --audit` writes: records, pictures and every distance.
+"""Are samples copies of training images? What `evaluate --audit` writes: records, a picture and every distance.
 
-For each space, the whole pixels and the features: FOLDER/audit_SPACE.png, the closest samples each with its nearest
-training image and its nearest held-out one (left, middle, right), closest first, and in FOLDER/audit.npz the arrays
-SPACE_ratio, _to_train, _to_held_out, _train_index, _held_out_index and _closest of `metrics.memorisation.Space`.
-Distances in pixels are in levels of 255.
+FOLDER/audit.png: the closest samples, each with its nearest training image and its nearest held-out one (left, middle,
+right), closest first; by features and then, below a wider line, by the pixels themselves. FOLDER/audit.npz: for either
+space the arrays SPACE_ratio, _to_train, _to_held_out, _train_index, _held_out_index and _closest of
+`metrics.memorisation.Space`; distances in pixels are in levels of 255.
 """
 import pathlib
 import warnings
@@ -13,13 +13,14 @@ from typing import Any
 import numpy as np
 
 from diffusion_jax.metrics import memorisation
-from diffusion_jax.metrics.memorisation import Audit, Space
+from diffusion_jax.metrics.memorisation import Audit
 from diffusion_jax.runtime import log
 from diffusion_jax.runtime.config import explain
-from diffusion_jax.sample import npz, png, tile
+from diffusion_jax.sample import LINE, npz, png, tile
 
-PAIRS, COLUMNS, LEGIBLE = 50, 5, 32  # pairs shown, so many in a row; smaller images are enlarged to about this
-SPLIT = 0.001  # a split that looks as unlike in a random draw less often than this is warned about
+PAIRS, COLUMNS, BAND = 50, 5, 8  # pairs shown of each space, so many in a row, and pixels between the spaces
+LEGIBLE = 32  # smaller images are enlarged to about this
+SPLIT = 1e-4  # a split whose p is below this is warned about; of random ones less than 1 % are
 Images = tuple[np.ndarray, Mapping[str, np.ndarray]]  # uint8 [N, *S, C], and features [N, D] of each by name
 RULE = (f'1 if in a space the near copies (samples whose ratio of distances, nearest training image over nearest '
         f'held-out image, is below that of all but {100 * memorisation.RATE:g} % of held-out images) are at least '
@@ -41,12 +42,12 @@ def run(folder: pathlib.Path, images: np.ndarray, found: Mapping[str, np.ndarray
             if isinstance(value, np.ndarray)}
   log.write(folder / 'audit.npz', npz(id=np.arange(len(images)), **arrays))
   for name, space in result.spaces.items():
-    if images.ndim == 4 and images.shape[-1] in (1, 3):
-      log.write(folder / f'audit_{name}.png', png(picture(space, images, train[0], held_out[0])))
     if space.split_p < SPLIT:
       warnings.warn(f'the held-out images are not like the training ones ({name}), and samples may be nearer to either '
                     f'for that alone: draw the held-out split at random', stacklevel=2)
-  if images.ndim != 4 or images.shape[-1] not in (1, 3):
+  if images.ndim == 4 and images.shape[-1] in (1, 3):
+    log.write(folder / 'audit.png', png(picture(result, images, train[0], held_out[0])))
+  else:
     print(f'no picture of the closest pairs: images of shape {images.shape[1:]} cannot be a PNG')
   return records(result, len(train[0]), len(held_out[0]))
 
@@ -60,22 +61,26 @@ def records(result: Audit, training_images: int, held_out_images: int) -> list[d
   for name, s in result.spaces.items():
     made += [
         {'metric': f'memorised_share_{name}{number}', 'value': s.memorised_share.value, 'ci': s.memorised_share.ci,
-         'chance': s.chance, 'ratio_below': s.threshold, 'p': s.memorised_p, **sizes},
+         'chance': s.chance, 'ratio_below': s.threshold, 'p': s.memorised_p, 'flagged': s.copies, **sizes},
         {'metric': f'closer_to_train_share_{name}{number}', 'value': s.closer_to_train_share.value,
-         'ci': s.closer_to_train_share.ci, 'chance': 0.5, 'p': s.closer_p, **sizes},
-        {'metric': f'distance_ratio_median_{name}{number}', 'value': s.median_ratio, 'ci': None, **sizes}]
+         'ci': s.closer_to_train_share.ci, 'chance': 0.5, 'p': s.closer_p, 'flagged': s.closer, **sizes},
+        {'metric': f'memorisation_ratio_median_{name}{number}', 'value': s.median_ratio, 'ci': None, **sizes}]
   alarms = [name for name, s in result.spaces.items() if s.flagged]
   unlike = [name for name, s in result.spaces.items() if s.split_p < SPLIT]
-  return [*made, {'metric': f'memorisation_flagged{number}', 'value': int(result.flagged), 'ci': None, 'rule': RULE,
-                  'flagged_in': alarms, 'held_out_unlike_train_in': unlike, **sizes}]
+  return [*made, {'metric': f'memorisation_flagged{number}', 'value': int(result.flagged), 'ci': None,
+                  'flagged': result.flagged, 'rule': RULE, 'flagged_in': alarms, 'held_out_unlike_train_in': unlike,
+                  **sizes}]
 
 
-def picture(space: Space, images: np.ndarray, train: np.ndarray, held_out: np.ndarray) -> np.ndarray:
-  """The closest samples, each beside its nearest training and held-out image, uint8 [H, W, C]."""
-  ids = space.closest[:PAIRS]
-  shown = np.concatenate([images[ids], train[space.train_index[ids]], held_out[space.held_out_index[ids]]], axis=2)
-  scale = max(1, LEGIBLE // max(images.shape[1:3]))
-  return tile(shown.repeat(scale, 1).repeat(scale, 2), COLUMNS)
+def picture(result: Audit, images: np.ndarray, train: np.ndarray, held_out: np.ndarray) -> np.ndarray:
+  """The closest samples of each space, each beside its nearest training and held-out image, uint8 [H, W, C]."""
+  scale, shown = max(1, LEGIBLE // max(images.shape[1:3])), []
+  for space in result.spaces.values():
+    ids = space.closest[:PAIRS]
+    rows = np.concatenate([images[ids], train[space.train_index[ids]], held_out[space.held_out_index[ids]]], axis=2)
+    shown.append(tile(rows.repeat(scale, 1).repeat(scale, 2), COLUMNS))
+    shown.append(np.full((BAND, *shown[0].shape[1:]), LINE, np.uint8))
+  return np.concatenate(shown[:-1])
 
 
 def _spaces(images, found):

@@ -45,13 +45,19 @@ class Space(NamedTuple):
   memorised_p: float               # how often fresh images would have such a share or a larger one
   closer_p: float
   split_p: float                   # how often a random split would have held-out images so near or far
-  flagged: bool
+  copies: bool                     # whether the first share raises the alarm
+  closer: bool                     # whether the second does
   ratio: np.ndarray                # [N] to_train / to_held_out; 1 where both are 0
   to_train: np.ndarray             # [N]
   to_held_out: np.ndarray          # [N]
   train_index: np.ndarray          # [N] which training image is nearest
   held_out_index: np.ndarray       # [N]
   closest: np.ndarray              # [N] the samples in order of ratio, then of to_train
+
+  @property
+  def flagged(self) -> bool:
+    """Whether this space raises the alarm."""
+    return self.copies or self.closer
 
 
 class Audit(NamedTuple):
@@ -144,9 +150,9 @@ def _space(name, generated, train, held_out, seed, level, chunk):
   closer_p = float(scipy.special.ndtr(-z))
   _, _, z = _owned((real_train, real_owner), (real_held_out, real_other), n, m)
   split_p = float(2 * scipy.special.ndtr(-abs(z)))
-  flagged = (memorised_p < level and share >= TWICE * chance) or (closer_p < level and closer >= MANY)
+  alarms = memorised_p < level and share >= TWICE * chance, closer_p < level and closer >= MANY
   return Space(_wilson(share, samples), chance, float(threshold), _wilson(closer, effective), float(np.median(ratio)),
-               memorised_p, closer_p, split_p, bool(flagged), ratio, to_train[0], to_held_out[0], to_train[1],
+               memorised_p, closer_p, split_p, *alarms, ratio, to_train[0], to_held_out[0], to_train[1],
                to_held_out[1], np.lexsort((to_train[0], ratio)))
 
 

@@ -71,7 +71,7 @@ def table(records: Sequence[dict[str, Any]]) -> str:
     for space in ('pixels', 'digits') if mine else ():
       share, closer = value[f'memorised_share_{space}'], value[f'closer_to_train_share_{space}']
       lines.append(f'| {share["about"]} | {space} | {_percent(share)} ({100 * share["chance"]:.1f} %) | '
-                   f'{_percent(closer)} | {value[f"distance_ratio_median_{space}"]["value"]:.2f} | '
+                   f'{_percent(closer)} | {value[f"memorisation_ratio_median_{space}"]["value"]:.2f} | '
                    f'{"yes" if space in value["memorisation_flagged"]["flagged_in"] else "no"} |')
   return '\n'.join(lines) + '\n'
 
