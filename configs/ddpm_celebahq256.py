@@ -23,4 +23,5 @@ def get_config():
   config.sample.sampler = spec(samplers.ancestral, variance=1.0)
   config.sample.grid = spec(levels.timesteps)
   config.sample.update({'steps': 1000, 'batch_size': 16})
+  config.eval.update({'features': 'inception', 'held_out': ''})
   return config

@@ -30,4 +30,5 @@ def get_config(run=''):
   config.sample.sampler = spec(samplers.ancestral, variance=1.0)
   config.sample.grid = spec(levels.timesteps)
   config.sample.update({'steps': 1000, 'batch_size': 256})
+  config.eval.features = 'cifar' if run == 'arrays' else 'inception'
   return config

@@ -7,7 +7,11 @@ COMMANDS = {
     'train': 'trains the model of a config, or continues',
     'sample': 'draws images from a trained model',
     'evaluate': 'scores a trained model against real images',
+    'likelihood': 'bits per dimension of a data split under a trained model',
+    'score': 'scores images that lie somewhere, made by whatever program',
+    'encode': 'makes the statistics of a data set that samples are scored against',
     'report': 'makes one HTML page from run folders',
+    'compare': 'prints the scores of runs side by side, if they are alike',
     'posthoc_ema': 'makes an average of any length from the snapshots of a run',
 }
 
@@ -28,7 +32,7 @@ def main() -> int:
                                                     f', only {", ".join(COMMANDS)}'), file=sys.stderr)
     return 2
   module = importlib.import_module(f'diffusion_jax.{name}')
-  if name == 'report':  # reads records only, and stands alone
+  if name in ('report', 'compare'):  # they read records only, and stand alone
     return module.main(rest)
   from diffusion_jax.runtime import command
   return command.run(module.main, rest)

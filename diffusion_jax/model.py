@@ -75,7 +75,7 @@ def default_config() -> Config:
       },
       'eval': {
           'num_samples': 50_000,
-          'features': 'pixels',   # digits (a classifier's) or pixels
+          'features': 'pixels',   # or of a network: digits, cifar, inception, dinov2:FILE
           'split': 'train',       # the reference
           'held_out': 'test',     # scored against the reference as the floor; '': none
       },

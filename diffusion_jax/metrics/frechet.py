@@ -4,6 +4,7 @@ FID, sFID and FD-DINOv2 are this distance on different features. `Moments` of ba
 features of 2048 need no more memory than one chunk and a few matrices.
 """
 import functools
+import itertools
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -105,8 +106,9 @@ def frechet_infinity(real: Moments, features: np.ndarray, points: int = 15, smal
                      seed: int = 0) -> Extrapolation:
   """The distance of `real` from infinitely many samples (Chong & Forsyth 2020: 15 subsets of 5,000 to 50,000).
 
-  The distance of a seeded random subset at each of `points` sizes from `smallest` (default: a tenth of N and at least
-  2 D, below which it is no straight line) to N, a least-squares line in 1 / size, and its intercept. The standard error
+  The distance of the first `size` features in one random order (seeded), at each of `points` sizes from `smallest`
+  (default: a tenth of N and at least 2 D, below which it is no straight line) to N, a least-squares line in 1 / size, and
+  its intercept. The standard error
   joins the line's own with that of the samples (`frechet_estimate`), which all subsets share. Only the bias of the
   features' N goes; that of `real` stays. The line is straight for N well above the number of directions that matter:
   50,000 features of 2,048 independent and equal dimensions, the worst case, gave 20.85 +- 0.16 for a true 21.67.
@@ -119,10 +121,10 @@ def frechet_infinity(real: Moments, features: np.ndarray, points: int = 15, smal
                      f'features: make more samples')
   rng = np.random.default_rng(seed)
   root = _root(real.cov)
-  sizes = np.linspace(smallest, n, points).astype(int)
-  distances = []
-  for size in sizes:
-    found = _moments_of_rows(features, np.sort(rng.permutation(n)[:size]))
+  sizes, order = np.linspace(smallest, n, points).astype(int), rng.permutation(n)
+  distances, found = [], Moments(0, np.zeros(d), np.zeros((d, d)))
+  for start, size in itertools.pairwise([0, *sizes]):  # nested, so that each feature is read once
+    found = _merge(found, _moments_of_rows(features, np.sort(order[start:size])))
     _check_pair(real, found)
     if size < n:
       distances.append(_distance(real, root, found))
