@@ -14,12 +14,13 @@ from typing import NamedTuple
 
 from diffusion_jax.svg import number, setting
 
-# What makes one evaluation: records that agree in all of these share a row.
-SETTINGS = ('step', 'ema', 'sampler', 'grid', 'steps', 'nfe', 'guidance', 'guidance_low', 'guidance_high',
-            'guidance_rescale', 'threshold', 'clip', 'seed', 'seeds', 'num_samples', 'split', 'evaluation')
+# What samples were made by, and how many: records that agree in all of these share a row, whatever they were scored by.
+SETTINGS = ('step', 'ema', 'params_hash', 'sampler', 'estimator', 'grid', 'steps', 'nfe', 'guidance', 'guidance_low',
+            'guidance_high', 'guidance_rescale', 'threshold', 'clip', 'seed', 'seeds', 'num_samples', 'split')
 # What must agree for two values to be comparable.
 QUALITY = ('features', 'features_hash', 'reference_hash', 'reference_samples', 'num_samples', 'quantisation')
 COST = ('device', 'batch_size')
+MEMORISATION = ('reference_hash', 'num_samples', 'training_images', 'held_out_images')
 LIKELIHOOD = ('reference_hash', 'split', 'num_samples', 'conditional', 'estimator', 'grid', 'steps', 'subset', 'clip',
               'times', 'decoder', 'method', 'trace', 'probes', 'probe', 'dequantiser')
 # The known metrics in the order of their columns, with a word on each. One stands for those that continue its name:
@@ -158,6 +159,8 @@ def terms(metric: str) -> tuple[str, ...]:
   """The keys in which the records of two values of a metric must agree."""
   if named(metric).base == 'flops_per_image':  # counted, not measured
     return ()
+  if kind(metric) == 'memorisation':
+    return MEMORISATION if named(metric).base.endswith('_pixels') else ('features', 'features_hash', *MEMORISATION)
   return {'cost': COST, 'likelihood': LIKELIHOOD}.get(kind(metric), QUALITY)
 
 
@@ -195,7 +198,7 @@ PHRASES = {  # term: what comes before its value, and what to do where it differ
   'num_samples': ('from', 'evaluate both with one number of samples'),
   'quantisation': ('quantised by', 'evaluate both with one quantisation'),
   'device': ('on', 'measure both on one device'),
-  'batch_size': ('at a batch size of', 'measure both at one batch size'),
+  'batch_size': ('in batches of', 'measure both at one batch size'),
 }
 
 

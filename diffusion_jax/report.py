@@ -101,7 +101,7 @@ def verdict(record: dict) -> str:
   """What an audit says of a value, in words."""
   flagged = [words for flag, words in ((True, 'flagged as memorised'), (False, 'not flagged'))
              if record.get('flagged') is flag]
-  words = flagged + said(record, 'verdict') + said(record, 'chance', 'of fresh images ')
+  words = flagged + said(record, 'verdict') + said(record, 'chance', 'expected of fresh images: ')
   return f'<small>{"; ".join(words)}</small>' * bool(words)
 
 

@@ -47,7 +47,7 @@ def sweeps(runs: Sequence[Run], over: str) -> list[Sweep]:
         x = number(record.get('steps' if over == 'nfe' and record.get('nfe') is None else over))
         if x is None or number(record.get('value')) is None or not records.is_score(key.metric):
           continue
-        shared = {k: record.get(k) for k in records.SETTINGS if k not in ('nfe', 'steps', 'evaluation', over)}
+        shared = {k: record.get(k) for k in records.SETTINGS if k not in ('nfe', 'steps', over)}
         if over == 'guidance':  # which changes the calls of a step, not the steps
           shared['steps'] = record.get('nfe' if record.get('steps') is None else 'steps')
         made_as = tuple(map(records.exactly, shared.values()))
@@ -103,7 +103,7 @@ def label(sweep: Sweep, among: Sequence[Sweep]) -> str:
   """What tells a curve from the others."""
   parts = [sweep.run.label] if len({s.run.folder for s in among}) > 1 else []
   for key, value in sweep.settings.items():
-    if key != 'step' and value is not None and any(s.settings.get(key) != value for s in among):
+    if key not in ('step', 'params_hash') and value is not None and any(s.settings.get(key) != value for s in among):
       before = {'sampler': '', 'ema': 'EMA '}.get(key, f'{key} ')
       parts.append('raw weights' if (key, value) == ('ema', 'raw') else f'{before}{setting(value)}')
   return ', '.join(parts) or str(sweep.settings.get('sampler') or sweep.run.label)
@@ -167,13 +167,13 @@ def by_cost(found: Sequence[Sweep]) -> tuple[list[str], list[str]]:
       def place(p, known=known, convert=convert):
         return number(convert(known[id(p.record)]['value'])) if id(p.record) in known else None
       if any(sum(place(p) is not None for p in s.points) > 1 for s in found):
-        figures.append(chart(f'{metric} against {word}', ' '.join([unit, *terms]), curves(found, place)))
+        figures.append(chart(' '.join([metric, 'against', word, *terms]), unit, curves(found, place)))
   return figures, [sentence for s in found if (sentence := knee_in_words(s, found))]
 
 
 def costs_of(run: Run, record: dict, metric: str) -> dict[Column, dict]:
   """The newest values of a cost for samples that were made like those of a record, whatever their seed and number."""
-  same = [k for k in records.SETTINGS if k not in ('seed', 'seeds', 'num_samples', 'split', 'evaluation')]
+  same = [k for k in records.SETTINGS if k not in ('seed', 'seeds', 'num_samples', 'split')]
   return {records.column(r): r for r in run.evals if r.get('metric') == metric and number(r.get('value')) is not None
           and all(records.exactly(r.get(k)) == records.exactly(record.get(k)) for k in same)}
 

@@ -45,7 +45,7 @@ def test_alike_values_share_a_column_and_unlike_ones_never_do(tmp_path):
   ('fid', {'num_samples': 9}, ('from 9 samples', 'from 500 samples')),
   ('fid', {'quantisation': 'truncate'}, ('quantised by truncate', 'quantised by something unrecorded')),
   ('samples_per_second', {'device': 'tpu'}, ('on tpu', 'on cpu x2')),
-  ('latency_seconds', {'batch_size': 64}, ('at a batch size of 64', 'at a batch size of something unrecorded')),
+  ('latency_seconds', {'batch_size': 64}, ('in batches of 64', 'in batches of something unrecorded')),
   ('fid', {'device': 'tpu'}, ()), ('samples_per_second', {'num_samples': 9}, ())])
 def test_a_head_says_what_differs(tmp_path, metric, change, words):
   lines = [measured(metric, 1., features='x'), measured(metric, 2., **change, features='x')]

@@ -22,6 +22,8 @@ MUST_AGREE = {  # the protocol, in full
   'fid_5k': QUALITY, 'precision_10k_mean': QUALITY, 'made_up': QUALITY,
   'samples_per_second': {'device', 'batch_size'}, 'peak_memory_bytes': {'device', 'batch_size'},
   'cost_per_1000_images': {'device', 'batch_size'}, 'flops_per_image': set(),
+  'memorised_share_pixels_5k': {'reference_hash', 'num_samples'},
+  'closer_to_train_share_inception_5k': {'features', 'features_hash', 'reference_hash', 'num_samples'},
   'bits_per_dim_ode_1k': {'reference_hash', 'num_samples', 'split', 'steps', 'probes', 'conditional'},
 }
 
@@ -121,7 +123,7 @@ def test_what_is_better_is_known_of_known_metrics_alone(metrics, better):
   ['bits_per_dim_ode', 'samples_per_second'], ['made_up', 'memorised_share_pixels']])
 @pytest.mark.parametrize('turn', [1, -1])
 def test_the_metric_that_speaks_for_a_run(tmp_path, metrics, turn):
-  lines = [measured(metric, 1., evaluation=str(i)) for i, metric in enumerate(metrics[::turn])]
+  lines = [measured(metric, 1., evaluation=str(i), params_hash=str(i)) for i, metric in enumerate(metrics[::turn])]
   metric, row = records.headline(run_of(tmp_path, *lines))
   assert metric == metrics[0] and records.value_of(row, metric)['value'] == 1
 
@@ -143,6 +145,13 @@ def test_evaluations_are_told_apart_by_their_settings_and_the_newest_value_of_on
   values = [{key.metric: record['value'] for key, record in row.items()} for row in records.evaluations(run)]
   newest = {'kid': .5, 'fid': 3., 'latency_seconds': 1.}
   assert values == [{'fid': 14.}, {'fid': 6.}, {'fid_mean': 5.}, newest, {'fid': 7.}]
+
+
+def test_the_same_samples_share_a_row_whatever_they_are_scored_by(tmp_path):
+  run = run_of(tmp_path, measured('fid', 7., features='inception', evaluation='1'),
+               measured('fd_dinov2', 8., features='dinov2', evaluation='2'))
+  row, = records.evaluations(run)
+  assert sorted(key.metric for key in row) == ['fd_dinov2', 'fid']
 
 
 def test_a_value_against_another_reference_takes_no_value_away(tmp_path):

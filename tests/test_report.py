@@ -15,9 +15,9 @@ from diffusion_jax import report
 SECTIONS = ['Samples', 'Evaluation', 'Training', 'Denoising', 'Schedule', 'Config', 'Provenance']
 CARD = {
   'source': 'tfds:cifar10', 'split': 'train', 'licence': 'CC BY 4.0', 'num_examples': 50000, 'shape': [32, 32, 3],
-  'hash': 'ab12', 'classes': {'cat': 30000, 'dog': 20000}, 'mean': [.5, .4, .3], 'std': [.25, .25, .25], 'bad_records': 3,
-  'duplicates': {'count': 7, 'groups': 5, 'contradictory': 1},
-  'held_out': {'split': 'test', 'overlap': 4}, 'bytes': 9}
+  'hash': 'ab12', 'classes': {'cat': 30000, 'dog': 20000},
+  'mean': [.5, .4, .3], 'std': [.25, .25, .25], 'bad_records': 3,
+  'duplicates': {'count': 7, 'groups': 5, 'contradictory': 1}, 'held_out': {'split': 'test', 'overlap': 4}, 'bytes': 9}
 HOSTILE = [
   '<script>alert(1)</script>', '"><img onerror=alert(1) src=x>', "' onload='x", '</style></title>', '&lt; {0} $body']
 GIF = base64.b64decode('R0lGODlhAQABAIAAAAAAAP///yH5BAEAAAAALAAAAAABAAEAAAIBRAA7')
@@ -247,7 +247,9 @@ def test_other_sections_are_there_where_their_records_are(tmp_path):
     'data', 'config', 'provenance']
   assert [found['href'][1:] for found in page.all('a')] == [found['id'] for found in page.all('section')]
   for words in ('memorised_share_pixels 0.0200 [0.0100, 0.0300] flagged as memorised',
-                'closer_to_train_share 0.500 not flagged', 'tfds:cifar10', 'CC BY 4.0', '50,000', '32 x 32 x 3', '2, of 20,000 to 30,000 images', 'cat 30,000',
+                'closer_to_train_share 0.500 not flagged',
+                'tfds:cifar10', 'CC BY 4.0', '50,000', '32 x 32 x 3',
+                '2, of 20,000 to 30,000 images', 'cat 30,000',
                 '7, in 5 groups, 1 groups with unlike labels', '4 in test', '0.500, 0.400, 0.300'):
     squeezed = ''.join(words.split())
     assert squeezed in ''.join(page.text.split()), words

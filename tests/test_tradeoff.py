@@ -65,14 +65,15 @@ def test_quality_is_drawn_against_calls_time_and_price_and_the_knee_is_said(tmp_
     lines += [cost('samples_per_second', nfe, 1000 / nfe), cost('latency_seconds', nfe, .1 * nfe, batch_size=1),
               cost('cost_per_1000_images', nfe, .01 * nfe, unit='$')]
   page = drawn(tmp_path, lines)
-  assert charts(page) == ['fid_5k against network calls', 'fid_5k against time', 'fid_5k against price']
+  on = 'on cpu x2 in batches of 64'
+  assert charts(page) == ['fid_5k against network calls', f'fid_5k against time {on}', f'fid_5k against price {on}']
   assert '10 network calls are enough: fid_5k 7.20 [7.00, 7.40] against 7.10 [6.90, 7.30] at 50.' in page.text
   assert sizes(page) == [3, 3, 3] and len(of_class(page, 'bar')) == 9
   # Each chart is of the same three points, and the ring lies on the second.
   for ring in of_class(page, 'ring', 'circle'):
     assert (ring['cx'], ring['cy']) in [(dot['cx'], dot['cy']) for dot in of_class(page, 'dot', 'circle')[1::3]]
   assert len(of_class(page, 'ring', 'circle')) == 3
-  for words in ('ms an image on cpu x2 at a batch size of 64', '$ for 1,000 images on cpu x2',
+  for words in ('ms an image', '$ for 1,000 images',
                 'ddim(eta=0.0): 7.20 at 10', 'network calls for an image',
                 'cheapest that is not separable from the best'):
     assert words in page.text
@@ -80,7 +81,8 @@ def test_quality_is_drawn_against_calls_time_and_price_and_the_knee_is_said(tmp_
 
 def test_latency_stands_in_where_no_throughput_was_measured(tmp_path):
   lines = [line for nfe in (5, 10) for line in (quality(nfe, 9.), cost('latency_seconds', nfe, .1 * nfe, batch_size=1))]
-  assert charts(drawn(tmp_path, lines)) == ['fid_5k against network calls', 'fid_5k against latency']
+  assert charts(drawn(tmp_path, lines)) == [
+    'fid_5k against network calls', 'fid_5k against latency on cpu x2 in batches of 1']
 
 
 @pytest.mark.parametrize('lines, words', [
@@ -125,10 +127,9 @@ def test_unlike_costs_never_share_an_axis(tmp_path):
             for line in (quality(nfe, 9., seed=seed), cost('samples_per_second', nfe, 9., **more))]
            for seed, more in enumerate([{'device': 'cpu'}, {'device': 'tpu'}, {'device': 'cpu', 'batch_size': 1}])]
   page = drawn(tmp_path, *lines)
-  assert charts(page) == ['fid_5k against network calls', *['fid_5k against time'] * 3]
+  costs = ('on cpu in batches of 64', 'on tpu in batches of 64', 'on cpu in batches of 1')
+  assert charts(page) == ['fid_5k against network calls', *(f'fid_5k against time {on}' for on in costs)]
   assert sizes(page) == [2, 2, 2, 2, 2, 2]
-  for words in 'on cpu at a batch size of 64', 'on tpu at a batch size of 64', 'on cpu at a batch size of 1':
-    assert words in page.text
 
 
 def test_means_over_seeds_are_drawn_instead_of_single_seeds_at_the_cost_of_those(tmp_path):
@@ -138,7 +139,9 @@ def test_means_over_seeds_are_drawn_instead_of_single_seeds_at_the_cost_of_those
   for nfe in 5, 10:
     lines += [{**quality(nfe, 9.5, seed=None, seeds=[0, 1]), 'metric': f'fid_5k_{over}'} for over in ('mean', 'min')]
   page = drawn(tmp_path, lines)
-  assert charts(page) == ['fid_5k_mean against network calls', 'fid_5k_mean against time'] and sizes(page) == [2, 2]
+  assert [title.split(' on ')[0] for title in charts(page)] == [
+    'fid_5k_mean against network calls', 'fid_5k_mean against time']
+  assert sizes(page) == [2, 2]
 
 
 def test_guidance_is_drawn_with_what_it_gains_and_loses(tmp_path):
