@@ -1,14 +1,17 @@
 """The pure parts of experiments/throughput: no clock is read here."""
 import importlib.util
+import json
+import pathlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from diffusion_jax.metrics import inception
 from diffusion_jax.nets import unet
 from diffusion_jax.runtime.config import UserError
-from experiments.throughput import cases, stats, table
+from experiments.throughput import cases, run, stats, table
 
 WITH_NET = sorted({case.net for case in cases.CASES.values() if case.net})
 
@@ -107,3 +110,58 @@ def test_both_sides_have_arrays_of_the_same_sizes(name):
     theirs = [p.numel() for p in torch_side.unet(net).parameters()]
   assert cases.shapes_agree([leaf.size for leaf in jax.tree.leaves(ours)], theirs)
   assert not cases.shapes_agree(theirs, [*theirs[1:], theirs[0] + 1])
+
+
+@pytest.fixture
+def inception_shapes():
+  """The names and shapes of the PyTorch port."""
+  return json.loads((pathlib.Path(__file__).parent / 'fixtures' / 'inception_keys.json').read_text())
+
+
+def test_both_sides_take_the_same_weights_of_the_inception_network(inception_shapes):
+  from experiments.throughput import jax_side
+  assert {name: list(shape) for name, shape in jax_side.inception_shapes().items()} == inception_shapes
+  arrays = cases.weights(inception_shapes)
+  params = inception.from_torch(arrays)
+  assert sum(leaf.size for leaf in jax.tree.leaves(params)) == sum(a.size for a in arrays.values())
+
+
+def test_weights_depend_on_their_name_and_shape_alone():
+  shapes = {'a.conv.weight': (64, 32, 3, 3), 'a.bn.weight': (64,), 'a.bn.running_var': (64,), 'a.bn.bias': (64,)}
+  arrays, again = cases.weights(shapes), cases.weights(dict(reversed(shapes.items())))
+  assert all((arrays[name] == again[name]).all() and arrays[name].shape == shape for name, shape in shapes.items())
+  assert arrays['a.conv.weight'].std() == pytest.approx(np.sqrt(2 / (32 * 3 * 3)), rel=0.02)
+  assert min(arrays['a.bn.running_var'].min(), arrays['a.bn.weight'].min()) > 0.5
+  assert not np.array_equal(arrays['a.bn.running_var'], arrays['a.bn.weight'])
+  assert np.abs(arrays['a.bn.bias']).max() <= 0.3
+
+
+def ready(outputs):
+  return {'sizes': [6], 'outputs': outputs}
+
+
+def test_sides_whose_outputs_differ_are_not_timed():
+  a = {'x': [1.0, -10.0], 'y': [100.0, 0.0]}
+  assert cases.difference(a, a) == 0
+  near, far = {'x': [1.0001, -10.0], 'y': [100.0, 0.0]}, {'x': [1.01, -10.0], 'y': [100.0, 0.0]}
+  assert cases.difference(a, near) == pytest.approx(1e-5)
+  assert cases.difference(a, far) == pytest.approx(1e-3)
+  run.check_equal('case', ('torch', 'jax'), [ready(a), ready(near)])
+  run.check_equal('case', ('torch', 'jax'), [ready(None), ready(None)])
+  nan, short, other = {**a, 'y': [100.0, float('nan')]}, {**a, 'y': [100.0]}, {'x': a['x'], 'z': a['y']}
+  for outputs in (far, nan, short, other):
+    with pytest.raises(UserError, match='the outputs of torch and jax differ by'):
+      run.check_equal('case', ('torch', 'jax'), [ready(a), ready(outputs)])
+
+
+def test_the_baseline_is_the_inception_network(inception_shapes):
+  torch = pytest.importorskip('torch', reason='torch missing: install the parity extra')
+  from experiments.throughput import torch_inception
+  with torch.device('meta'):
+    found = torch_inception.Inception().state_dict()
+  names = {name: list(a.shape) for name, a in found.items() if not name.endswith('num_batches_tracked')}
+  assert names == inception_shapes
+  for size in (17, 32, 299, 320):
+    images = np.random.default_rng(size).integers(0, 256, (2, size, size + 3, 3), np.uint8)
+    theirs = torch_inception.prepare(torch.from_numpy(images)).permute(0, 2, 3, 1).numpy()
+    np.testing.assert_allclose(inception.prepare(images), theirs, rtol=0, atol=2e-6)

@@ -5,6 +5,10 @@ import os
 import pathlib
 import platform
 import re
+import zlib
+from collections.abc import Mapping
+
+import numpy as np
 
 from diffusion_jax.runtime.config import UserError, nearest
 
@@ -24,7 +28,8 @@ class Net:
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-  """net: a key of NETS; work: a key of WORK on each side; sides: the two that are compared, the baseline first.
+  """net: a key of NETS, if it is a U-Net; work: a key of WORK on each side; sides: the two that are compared, the
+  baseline first.
 
   The two sides of the overhead are measured by one process; all others have one each.
   """
@@ -46,6 +51,7 @@ CASES = {
     'small_sample_64': Case('small', 'sample', 64, '20-step DDIM, 8x8, 0.7M parameters, batch 64'),
     'cifar10_forward': Case('cifar10', 'forward', 8, 'forward pass, 32x32, 35.7M parameters, batch 8'),
     'cifar10_train': Case('cifar10', 'train', 8, 'train step, 32x32, 35.7M parameters, batch 8'),
+    'inception_features': Case('', 'features', 32, 'Inception features of 32x32 images, batch 32'),
     'overhead': Case('', 'overhead', 64, 'data and records of a digits run', ('bare', 'loop')),
 }
 SUITES = {'cpu': tuple(CASES)}
@@ -59,6 +65,27 @@ def choose(kind: str, known: dict, name: str):
   if name not in known:
     raise UserError(f'there is no {kind} {name!r}{nearest(name, known)}')
   return known[name]
+
+
+def images(case: Case) -> np.ndarray:
+  """The images of a case of features: uint8 [batch, 32, 32, 3]."""
+  return np.random.default_rng(0).integers(0, 256, (case.batch, 32, 32, 3), np.uint8)
+
+
+def weights(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
+  """Random float32 arrays by name, the same on both sides; they keep the scale of what passes through the network.
+
+  Kernels have outputs first, and names end as a state dict's do: weight, bias, running_mean, running_var.
+  """
+  arrays = {}
+  for name, shape in shapes.items():
+    x = np.random.default_rng(zlib.crc32(name.encode())).uniform(-1, 1, shape)
+    if len(shape) > 1:
+      x *= math.sqrt(6 / math.prod(shape[1:]))  # He et al. 2015, for ReLUs
+    else:
+      x = 0.3 * x + name.endswith(('bn.weight', 'running_var'))
+    arrays[name] = x.astype(np.float32)
+  return arrays
 
 
 def cores() -> int:
@@ -86,3 +113,11 @@ def count(sizes: list[int]) -> str:
 def shapes_agree(a: list[int], b: list[int]) -> bool:
   """Whether two networks have arrays of the same sizes, in whatever order and layout."""
   return math.fsum(a) == math.fsum(b) and sorted(a) == sorted(b)
+
+
+def difference(a: Mapping[str, list], b: Mapping[str, list]) -> float:
+  """The largest difference between two sides' outputs, {name: numbers}, of each in units of its largest number."""
+  if a.keys() != b.keys() or any(np.shape(a[name]) != np.shape(b[name]) for name in a):
+    return math.inf
+  relative = [np.abs(np.subtract(a[name], b[name])).max() / np.abs(a[name]).max() for name in a]
+  return float(np.max(relative))  # nan if any is

@@ -16,6 +16,7 @@ from diffusion_jax import model as model_lib
 from diffusion_jax import sample as sample_lib
 from diffusion_jax import train as train_lib
 from diffusion_jax.core import levels, samplers, schedules
+from diffusion_jax.metrics import inception
 from diffusion_jax.model import Model
 from diffusion_jax.nets import unet
 from diffusion_jax.runtime import log, sharding
@@ -124,6 +125,28 @@ def forward(case: Case) -> Prepared:
   return _prepared(params, repeat(lambda: jax.block_until_ready(compiled(params, x, noise))), seconds, mesh)
 
 
+def inception_shapes() -> dict[str, tuple[int, ...]]:
+  """{name in the PyTorch port: shape there}, of all parameters of the Inception network."""
+  names = inception.TORCH | {('fc', 'kernel'): 'weight', ('fc', 'bias'): 'bias'}
+  there = lambda shape: tuple(shape[axis] for axis in {4: (3, 2, 0, 1), 2: (1, 0), 1: (0,)}[len(shape)])
+  return {f'{module}.{names.get((module, leaf), names[leaf])}': there(shape)
+          for (module, leaf), shape in inception.shapes().items()}
+
+
+def features(case: Case) -> Prepared:
+  """What evaluate calls: images uint8 to all outputs of the Inception network, in batches."""
+  sharding.use_cpu_cores(case.batch)
+  params, images = inception.from_torch(cases.weights(inception_shapes())), cases.images(case)
+  call = lambda: inception.extract(params, images, case.batch)
+  times = [time.perf_counter()]
+  for _ in range(2):
+    found = call()
+    times.append(time.perf_counter())
+  compile_seconds = times[1] - times[0] - (times[2] - times[1])  # the first call also runs
+  outputs = {name: values[:2].ravel().tolist() for name, values in found.items()}
+  return _prepared(params, repeat(call), compile_seconds, sharding.make_mesh(1, 1))._replace(outputs=outputs)
+
+
 def digits_config(steps: int) -> Config:
   """configs/digits.py for so many steps; pictures and checkpoints only at the end, after the last record."""
   config = digits.get_config()
@@ -173,4 +196,4 @@ def overhead(case: Case) -> Prepared:
   return _prepared(trainer.state.params, run, trainer.compile_seconds, trainer.mesh)
 
 
-WORK = {'train': train, 'sample': sample, 'forward': forward, 'overhead': overhead}
+WORK = {'train': train, 'sample': sample, 'forward': forward, 'features': features, 'overhead': overhead}

@@ -21,6 +21,7 @@ RESULTS = pathlib.Path(__file__).parent / 'results'
 BASELINE_NEEDS = ('torch', 'diffusers')
 ROUNDS, ROUND_SECONDS = 20, 2.0
 QUICK_ROUNDS, QUICK_SECONDS = 5, 0.5
+TOLERANCE = 1e-4  # of outputs, relative to the largest
 
 
 class WorkerDied(UserError):
@@ -79,10 +80,16 @@ def interleave(workers: Sequence[Worker], rounds: int, iterations: int) -> list[
 
 
 def check_equal(name: str, sides: Sequence[str], ready: Sequence[dict[str, Any]]) -> None:
-  """UserError unless both sides have the same network."""
+  """WorkerDied unless both sides have the same network and, where they tell them, the same outputs."""
   if not cases.shapes_agree(ready[0]['sizes'], ready[1]['sizes']):
     raise WorkerDied(f'{name}: the two networks differ: {sides[0]} has {cases.count(ready[0]["sizes"])} parameters '
                      f'and {sides[1]} {cases.count(ready[1]["sizes"])}, or in arrays of other sizes')
+  if ready[0]['outputs'] is not None:
+    found = cases.difference(ready[0]['outputs'], ready[1]['outputs'])
+    if not found < TOLERANCE:
+      raise WorkerDied(f'{name}: the outputs of {sides[0]} and {sides[1]} differ by {found:.1e}, and {TOLERANCE:.0e} '
+                       f'is allowed')
+    print(f'{name}: the outputs of both sides agree to {found:.1e}')
 
 
 def measure(name: str, case: Case, rounds: int, quick: bool) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import torch
 
 from experiments.throughput import cases
 from experiments.throughput.cases import Case, Net
+from experiments.throughput.torch_inception import Inception
 from experiments.throughput.worker import Prepared, repeat
 
 
@@ -27,10 +28,10 @@ def unet(net: Net) -> torch.nn.Module:
       flip_sin_to_cos=False, downsample_padding=0, attention_head_dim=None)
 
 
-def _prepared(net, run) -> Prepared:
+def _prepared(net, run, **more) -> Prepared:
   setting = f'eager, {torch.get_num_threads()} threads, channels_last'
   versions = {'torch': torch.__version__, 'diffusers': diffusers.__version__}
-  return Prepared(run, [p.numel() for p in net.parameters()], 0.0, setting, versions)
+  return Prepared(run, [p.numel() for p in net.parameters()], 0.0, setting, versions, **more)
 
 
 def _start(case: Case) -> tuple[Net, torch.nn.Module]:
@@ -101,4 +102,26 @@ def forward(case: Case) -> Prepared:
   return _prepared(net, repeat(call))
 
 
-WORK = {'train': train, 'sample': sample, 'forward': forward}
+def inception() -> torch.nn.Module:
+  """The Inception network with the weights that our side has."""
+  net = Inception().eval().requires_grad_(False)
+  shapes = {name: tuple(a.shape) for name, a in net.state_dict().items() if not name.endswith('num_batches_tracked')}
+  net.load_state_dict({k: torch.from_numpy(a) for k, a in cases.weights(shapes).items()}, strict=False)
+  return net.to(memory_format=torch.channels_last)
+
+
+def features(case: Case) -> Prepared:
+  """All outputs of the Inception network, from images uint8 to numpy arrays."""
+  torch.set_num_threads(cases.cores())
+  net, images = inception(), cases.images(case)
+
+  @torch.inference_mode()
+  def call():
+    return {name: values.numpy() for name, values in net(torch.from_numpy(images)).items()}
+
+  outputs = {name: values[:2].ravel().tolist() for name, values in call().items()}
+  sizes = [a.numel() for name, a in net.state_dict().items() if not name.endswith('num_batches_tracked')]
+  return _prepared(net, repeat(call), outputs=outputs)._replace(sizes=sizes)
+
+
+WORK = {'train': train, 'sample': sample, 'forward': forward, 'features': features}

@@ -1,6 +1,6 @@
 """One side of one case in a process of its own: answers JSON requests, a line each, on standard input and output.
 
-{"do": "warm_up"} -> {"compile_seconds", "sizes", "setting", "versions"}
+{"do": "warm_up"} -> {"compile_seconds", "sizes", "setting", "versions", "outputs"}
 {"do": "measure", "iterations": k} -> {"seconds", "cpu_seconds"} per iteration, and {"peak_bytes"} so far
 The end of the input ends the worker.
 """
@@ -28,6 +28,7 @@ class Prepared(NamedTuple):
   compile_seconds: float
   setting: str                       # threads, devices, layout
   versions: dict[str, str]
+  outputs: dict[str, list] | None = None  # {name: numbers} that the other side must give too
 
 
 def repeat(call: Callable[[], object]) -> Callable[[int], None]:
