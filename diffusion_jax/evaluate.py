@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from diffusion_jax import efficiency, encode
+from diffusion_jax import audit, efficiency, encode
 from diffusion_jax.data import sources
 from diffusion_jax.metrics import features, intervals, scores
 from diffusion_jax.metrics.features import Extractor
@@ -200,7 +200,6 @@ class Evaluator:
     return records
 
   def _audit(self, samples, seen, against):
-    from diffusion_jax import audit
     """Records on whether samples are copies of training images, and their picture."""
     data, held = self.config.data, self.config.eval.held_out
     if not held:
