@@ -27,13 +27,18 @@ def headline(run: Run) -> str:
   score, floor, speed = (records.value_of(row, *keys) for keys in ((metric,), floors, ('samples_per_second',)))
   beside = [f'{confidence(score)} interval {" to ".join(interval(score))}'] if interval(score) else []
   beside += said(floor, 'value', 'real held-out images score ')
-  words = said(score, 'num_samples', 'from ', ' samples') + said(score, 'nfe', '', ' network calls each')
+  words = said(score, 'num_samples', 'from ', counted(score)) + said(score, 'nfe', '', ' network calls each')
   words += [over_seeds(score)] * bool(over)
   words += said(speed, 'value', '', f' samples per second{"".join(said(speed, "device", " on "))}')
   if run.done.get('images') != score.get('images'):
     words += said(score, 'images', 'after ', ' images')
   reached = f'<strong>{text(metric)} {quantity(metric, score.get("value"))}</strong>'
   return f'{reached}{" (" * bool(beside)}{"; ".join(beside)}{")" * bool(beside)} {", ".join(words)}'
+
+
+def counted(record: dict) -> str:
+  """What `num_samples` counts: a likelihood is of examples of a split."""
+  return ' samples' if record.get('split') is None else ' examples'
 
 
 def over_seeds(record: dict) -> str:
@@ -75,7 +80,7 @@ def table(runs: Sequence[Run]) -> str:
 def how(record: dict) -> tuple[str, list[str]]:
   """How the samples of an evaluation were made: what made them, and its settings."""
   main = ', '.join(said(record, 'sampler') + said(record, 'estimator') + said(record, 'nfe', '', ' calls')) or 'unnamed'
-  rest = said(record, 'images', 'at ', ' images') + said(record, 'num_samples', '', ' samples')
+  rest = said(record, 'images', 'at ', ' images') + said(record, 'num_samples', '', counted(record))
   rest += ['raw weights'] if record.get('ema') == 'raw' else said(record, 'ema', 'EMA ')
   seeds = record.get('seeds')
   for key in ('grid', 'guidance', 'seed', 'split'):
@@ -104,11 +109,11 @@ def heading(key: Column, found: Sequence[Column], rows: Sequence) -> str:
 
 
 def warnings(found: Sequence[Column], rows: Sequence) -> str:
-  """A sentence for each reason why values of a metric are not all alike, and the metrics that it holds for."""
+  """A sentence for each reason why a column is apart from the first of its metric, and the metrics it holds for."""
   reasons = {}
   for metric, keys in groupby(found, key=lambda key: key.metric):
     (one, a), *others = [next((run, row[key]) for run, row in rows if key in row) for key in keys]
-    for run, b in others[:1]:
+    for run, b in others:
       labels = (f'run {one.label}', f'run {run.label}') if one.label != run.label else ('one evaluation', 'another')
       why = records.unlike(a, b, labels).removeprefix(metric)
       reasons.setdefault(why, []).append(metric)

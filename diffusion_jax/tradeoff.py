@@ -109,16 +109,16 @@ def label(sweep: Sweep, among: Sequence[Sweep]) -> str:
   return ', '.join(parts) or str(sweep.settings.get('sampler') or sweep.run.label)
 
 
-def wide(values: Iterable[float | None]) -> bool:
+def wide(values: Iterable[float | None], factor: float) -> bool:
   """Whether values need a log axis."""
   known = [value for value in values if value is not None]
-  return bool(known) and min(known) > 0 and max(known) > 10 * min(known)
+  return bool(known) and min(known) > 0 and max(known) > factor * min(known)
 
 
 def chart(title: str, x_label: str, series: Sequence[svg.Series]) -> str:
   """A chart of measured points on axes that suit them."""
-  return svg.chart(title, x_label, series, wide(y for s in series for _, y in s.points),
-                   wide(x for s in series for x, _ in s.points), RING)
+  return svg.chart(title, x_label, series, wide((y for s in series for _, y in s.points), 10),
+                   wide((x for s in series for x, _ in s.points), 8), RING)
 
 
 COSTS = {  # metric: how it is said, and what becomes of its value
@@ -196,7 +196,7 @@ def knee_in_words(s: Sweep, among: Sequence[Sweep]) -> str:
   if enough.x < best.x:
     are = 'is' if enough.x == 1 else 'are'
     return (f'{whose}<strong>{calls(enough)} {are} enough</strong>: {metric} {worth(enough)} against {worth(best)} '
-            f'at {setting(best.x)}.')
+            f'at {setting(best.x)}; the intervals overlap.')
   more = '; more may be better still' if best.x == max(p.x for p in s.points) else ''
   return f'{whose}{metric} is best at {calls(best)}, {worth(best)}, and separable from all with fewer{more}.'
 

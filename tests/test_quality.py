@@ -62,6 +62,13 @@ def test_one_reason_for_several_metrics_is_said_once(tmp_path):
   assert len([note for note in notes if 'not to be compared: fid, kid, is.' in note]) == 1
 
 
+def test_every_column_that_is_apart_has_its_reason(tmp_path):
+  _, _, notes = table(tmp_path, *([measured('fid', 1., **more)] for more in (
+    {}, {'reference_hash': 'x'}, {'features_hash': 'y', 'reference_hash': 'x'})))
+  assert ['against x' in note and 'of run b' in note for note in notes[:2]] == [True, False]
+  assert 'y' in notes[1] and 'of run c in the features y' in notes[1]
+
+
 def test_averaged_and_raw_weights_and_seeds_have_rows(tmp_path):
   head, rows, notes = table(tmp_path, [
     measured('fid', 7.), measured('fid', 9., ema='raw'), measured('fid', 8., seed=1),
@@ -97,6 +104,13 @@ def test_what_is_true_of_all_rows_is_said_above_them_and_the_rest_beside_each(tm
 def test_the_headline(tmp_path, lines, words):
   run, = runs_of(tmp_path, [measured(metric, value) for metric, value in lines])
   assert re.sub('<.*?>', '', quality.headline(run)).startswith(words)
+
+
+def test_a_likelihood_is_of_examples(tmp_path):
+  line = measured('bits_per_dim_ode', 5., split='test')
+  run, = runs_of(tmp_path, [line])
+  _, (row,), _ = table(tmp_path, [line])
+  assert 'from 500 examples' in quality.headline(run) and '500 examples' in row[0] and 'split test' in row[0]
 
 
 @pytest.mark.parametrize('lines', [[], [measured('fid_floor', 1.)], [measured('samples_per_second', 1.)]])

@@ -128,8 +128,9 @@ def test_the_metric_that_speaks_for_a_run(tmp_path, metrics, turn):
   assert metric == metrics[0] and records.value_of(row, metric)['value'] == 1
 
 
-def test_what_speaks_for_a_run_is_of_the_last_step_averaged_and_of_the_most_samples(tmp_path):
-  lines = [measured('fid', 1., step=10, num_samples=50000), measured('fid', 3., num_samples=50000),
+def test_what_speaks_for_a_run_is_of_the_last_step_averaged_of_the_most_samples_and_the_newest(tmp_path):
+  lines = [measured('fid', 1., step=10, num_samples=50000), measured('fid', 8., num_samples=50000, nfe=9),
+           measured('fid', 3., num_samples=50000),
            measured('fid_5k', 2., num_samples=5000), measured('fid', 4., num_samples=50000, ema='raw'),
            measured('kid', 5.), measured('latency_seconds', 6., step=30)]
   metric, row = records.headline(run_of(tmp_path, *lines))
@@ -141,10 +142,11 @@ def test_evaluations_are_told_apart_by_their_settings_and_the_newest_value_of_on
   run = run_of(
     tmp_path, measured('fid', 7., step=30), measured('fid', 14., nfe=10), measured('fid', 9.), measured('kid', .5),
     measured('fid', 8.), measured('fid', 6., ema='raw'), measured('fid_mean', 5., seed=None, seeds=[0, 1]),
+    measured('fid_mean', 4., seed=None, seeds=[2, 3]),
     measured('fid', 3., guidance=1), measured('latency_seconds', 1., batch_size=1))
   values = [{key.metric: record['value'] for key, record in row.items()} for row in records.evaluations(run)]
   newest = {'kid': .5, 'fid': 3., 'latency_seconds': 1.}
-  assert values == [{'fid': 14.}, {'fid': 6.}, {'fid_mean': 5.}, newest, {'fid': 7.}]
+  assert values == [{'fid': 14.}, {'fid': 6.}, {'fid_mean': 5.}, {'fid_mean': 4.}, newest, {'fid': 7.}]
 
 
 def test_the_same_samples_share_a_row_whatever_they_are_scored_by(tmp_path):

@@ -67,7 +67,8 @@ def test_quality_is_drawn_against_calls_time_and_price_and_the_knee_is_said(tmp_
   page = drawn(tmp_path, lines)
   on = 'on cpu x2 in batches of 64'
   assert charts(page) == ['fid_5k against network calls', f'fid_5k against time {on}', f'fid_5k against price {on}']
-  assert '10 network calls are enough: fid_5k 7.20 [7.00, 7.40] against 7.10 [6.90, 7.30] at 50.' in page.text
+  words = '10 network calls are enough: fid_5k 7.20 [7.00, 7.40] against 7.10 [6.90, 7.30] at 50'
+  assert words in page.text
   assert sizes(page) == [3, 3, 3] and len(of_class(page, 'bar')) == 9
   # Each chart is of the same three points, and the ring lies on the second.
   for ring in of_class(page, 'ring', 'circle'):
@@ -93,7 +94,7 @@ def test_latency_stands_in_where_no_throughput_was_measured(tmp_path):
   ([quality(5, 9., None), quality(10, 5., None)],
    'fid_5k is best at 10 network calls, 5.00; it has no interval to tell it from the others.'),
   ([quality(1, 5.1), quality(10, 5.)],
-   '1 network call is enough: fid_5k 5.10 [4.60, 5.60] against 5.00 [4.50, 5.50] at 10.'),
+   '1 network call is enough: fid_5k 5.10 [4.60, 5.60] against 5.00 [4.50, 5.50] at 10; the intervals overlap.'),
   ([{**quality(n, v), 'metric': 'is_5k'} for n, v in ((5, 8.), (10, 9.), (20, 9.1))],
    '10 network calls are enough: is_5k')])
 def test_the_knee_in_words(tmp_path, lines, words):
