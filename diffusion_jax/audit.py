@@ -24,9 +24,10 @@ SPLIT = 1e-4  # a split whose p is below this is warned about; of random ones le
 Images = tuple[np.ndarray, Mapping[str, np.ndarray]]  # uint8 [N, *S, C], and features [N, D] of each by name
 RULE = (f'1 if in a space the near copies (samples whose ratio of distances, nearest training image over nearest '
         f'held-out image, is below that of all but {100 * memorisation.RATE:g} % of held-out images) are at least '
-        f'{memorisation.TWICE:g} times as many as chance gives, or at least {memorisation.MANY:g} of the samples are '
-        f'closer to the training images than to as many held-out ones, and chance alone gives so many with a '
-        f'probability below {memorisation.LEVEL:g} / (2 spaces); a false alarm in less than 1 % of audits')
+        f'{memorisation.TWICE:g} times as many as chance gives, and as those of held-out images, or at least '
+        f'{memorisation.MANY:g} of the samples are closer to the training images than to as many held-out ones, and '
+        f'chance alone gives so many with a probability below {memorisation.LEVEL:g} / (2 spaces); a false alarm in '
+        f'less than 1 % of audits')
 
 
 def run(folder: pathlib.Path, images: np.ndarray, found: Mapping[str, np.ndarray], train: Images, held_out: Images,
@@ -61,7 +62,8 @@ def records(result: Audit, training_images: int, held_out_images: int) -> list[d
   for name, s in result.spaces.items():
     made += [
         {'metric': f'memorised_share_{name}{number}', 'value': s.memorised_share.value, 'ci': s.memorised_share.ci,
-         'chance': s.chance, 'ratio_below': s.threshold, 'p': s.memorised_p, 'flagged': s.copies, **sizes},
+         'chance': s.chance, 'chance_ratio_mirrored': s.mirrored,
+         'ratio_below': s.threshold, 'p': s.memorised_p, 'flagged': s.copies, **sizes},
         {'metric': f'closer_to_train_share_{name}{number}', 'value': s.closer_to_train_share.value,
          'ci': s.closer_to_train_share.ci, 'chance': 0.5, 'p': s.closer_p, 'flagged': s.closer, **sizes},
         {'metric': f'memorisation_ratio_median_{name}{number}', 'value': s.median_ratio, 'ci': None, **sizes}]

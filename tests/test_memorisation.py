@@ -43,7 +43,7 @@ def test_nearest_is_every_distance_sorted_in_any_chunks(dtype, itself):
   if itself:
     np.fill_diagonal(table, np.inf)
   for chunk in (7, 50, 64):
-    distances, indices = memorisation.nearest(a, b, 3, itself=itself, chunk=chunk)
+    distances, indices = memorisation.nearest(a, b, 3, own=np.arange(50) if itself else None, chunk=chunk)
     np.testing.assert_allclose(distances, np.sort(table, 1)[:, :3], rtol=1e-12)
     np.testing.assert_array_equal(indices, np.argsort(table, axis=1, kind='stable')[:, :3])
 
@@ -55,7 +55,7 @@ def test_copies_are_at_distance_zero_however_far_from_the_origin():
   assert not distances.any()
   np.testing.assert_array_equal(indices[:, 0], np.arange(300)[::-1])
   duplicate = np.concatenate([x, x])
-  assert not memorisation.nearest(duplicate, duplicate, itself=True, chunk=64)[0].any()
+  assert not memorisation.nearest(duplicate, duplicate, own=np.arange(600), chunk=64)[0].any()
   np.testing.assert_array_equal(memorisation.nearest(x, duplicate, chunk=64)[1][:, 0], np.arange(300))  # the first
 
 
@@ -136,6 +136,24 @@ def test_samples_near_to_everything_are_no_copies():
   assert not found.flagged
 
 
+def test_a_model_of_few_simple_images_is_told_from_a_copier():
+  """One image in five has 2 dimensions instead of 20, and so more unequal distances; the model knows no others.
+
+  Against real images alone it would be taken for a copier; its copies of held-out images say that it is none.
+  """
+  rng = np.random.default_rng(0)
+  flat = lambda n: 9 + rng.normal(size=(n, 20)) * (np.arange(20) < 2)
+  draw = lambda n: np.where(rng.random((n, 1)) < 0.2, flat(n), rng.normal(size=(n, 20)))
+  found = [look(flat(400), draw(2000), draw(2000)) for _ in range(20)]
+  assert np.mean([s.memorised_p < memorisation.LEVEL / 2 for s in found]) > 0.5
+  assert np.mean([s.memorised_share.value / s.chance for s in found]) > 3
+  assert np.mean([s.mirrored for s in found]) > 3
+  assert np.mean([s.flagged for s in found]) <= 0.1
+  train = draw(2000)
+  copier = np.concatenate([flat(200), train[train[:, 0] > 4][:200]])
+  assert look(copier, train, draw(2000)).flagged
+
+
 def test_a_closer_model_without_copies_is_flagged_by_its_share():
   """Samples halfway between fresh ones and their nearest training image: no ratio is unheard of, but all are low."""
   rng = np.random.default_rng(0)
@@ -152,6 +170,7 @@ def test_swapping_the_sets_inverts_the_ratios_and_orders_do_not_matter():
   np.testing.assert_allclose(swapped.ratio, 1 / found.ratio, rtol=1e-12)
   np.testing.assert_array_equal(swapped.train_index, found.held_out_index)
   assert swapped.closer_to_train_share.value == pytest.approx(1 - found.closer_to_train_share.value, rel=1e-12)
+  assert swapped.mirrored == pytest.approx(found.memorised_share.value / found.chance, rel=1e-12)
   assert swapped.closer_p == pytest.approx(1 - found.closer_p, rel=1e-9)
   values = lambda s: [s.memorised_share.value, *s.memorised_share.ci, s.closer_to_train_share.value, s.threshold,
                       *s.closer_to_train_share.ci, s.memorised_p, s.closer_p, s.split_p, s.median_ratio]
