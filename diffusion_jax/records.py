@@ -6,6 +6,7 @@ anything: a missing, half-written or foreign one is passed over, never trusted.
 Two values may share a column only where their records agree in the terms of their metric (see `terms`). A key that
 neither record has is agreed upon; a key that only one of them has is a difference, since nothing says that they agree.
 """
+import functools
 import json
 import re
 from collections.abc import Iterable, Sequence
@@ -112,12 +113,14 @@ class Name(NamedTuple):
   over: str   # 'mean' or 'min' over seeds, or ''
 
 
+@functools.lru_cache(1000)
 def named(metric: str) -> Name:
   """The parts of a metric's name."""
   base, n, floor, over = NAME.fullmatch(metric).groups() if metric else ('', '', '', '')
   return Name(base, n or '', bool(floor), over or '')
 
 
+@functools.lru_cache(1000)
 def family(metric: str) -> str:
   """The longest known metric that this one's name continues, '' for an unknown one."""
   base = named(metric).base
@@ -155,6 +158,7 @@ class Column(NamedTuple):
   terms: tuple[tuple[str, str], ...]  # (key, value as JSON)
 
 
+@functools.lru_cache(1000)
 def terms(metric: str) -> tuple[str, ...]:
   """The keys in which the records of two values of a metric must agree."""
   if named(metric).base == 'flops_per_image':  # counted, not measured
@@ -166,9 +170,14 @@ def terms(metric: str) -> tuple[str, ...]:
 
 def exactly(value) -> str:
   """A value as JSON, the same for equal values: 1 and 1.0 are."""
-  if number(value) is not None and value == int(value):
-    value = int(value)
+  if value is None or isinstance(value, str | int | float):
+    return _scalar(value)
   return json.dumps(value, sort_keys=True)
+
+
+@functools.lru_cache(10_000, typed=True)  # a page asks for the same few settings of every record, many times
+def _scalar(value):
+  return json.dumps(int(value) if number(value) is not None and value == int(value) else value)
 
 
 def column(record: dict) -> Column:
@@ -236,9 +245,9 @@ def evaluations(run: Run) -> list[Row]:
   rows = {}
   for record in run.evals:
     key = tuple(exactly(record.get(key)) for key in SETTINGS)
-    row = rows.pop(key, {})
-    row.pop(column(record), None)  # so that the newest stands last
-    rows[key] = row | {column(record): record}
+    row, place = rows.pop(key, {}), column(record)
+    row.pop(place, None)  # so that the newest stands last
+    rows[key] = row | {place: record}
   return sorted(rows.values(), key=lambda row: number(first(row).get('step')) or 0)
 
 

@@ -39,6 +39,36 @@ def test_every_range_has_axes_and_stays_inside(values, log):
   assert by_value == sorted(by_value, reverse=True)  # greater is higher
 
 
+@pytest.mark.parametrize('log', [False, True])
+@pytest.mark.parametrize('log_x', [False, True])
+@pytest.mark.parametrize('xs', [[5], [1, 1000], [1e-320, 2e-320], [0, 1], [-3, 3], [1e-99, 1, 1e99]])
+def test_measured_points_their_intervals_and_a_ring_stay_inside(xs, log, log_x):
+  points = [(x, 5 + i) for i, x in enumerate(xs)]
+  bars = [(x, y / 10, 10 * y) for x, y in points]
+  source = svg.chart('a', 'x', [svg.Series('s', points, bars=bars, ring=points[-1])], log, log_x, 'look')
+  marks = re.findall(r'<path class="bar[^"]*" d="M([\d.-]+),([\d.-]+)V([\d.-]+)', source)
+  dots = [tuple(map(float, dot)) for dot in re.findall(r'<circle class="dot[^"]*" cx="([^"]*)" cy="([^"]*)"', source)]
+  ring, = re.findall(r'<circle class="ring[^"]*" cx="([^"]*)" cy="([^"]*)"', source)
+  assert len(marks) == len(dots) == len(xs) and tuple(map(float, ring)) == dots[-1] and 'look' in source
+  for (x, low, high), (at, y) in zip((map(float, mark) for mark in marks), dots, strict=True):
+    assert x == at and 44 <= x <= 408 and 214 >= low > y > high >= 8
+  assert [x for x, _ in dots] == sorted(x for x, _ in dots)
+
+
+def test_a_log_axis_makes_equal_factors_equal_steps():
+  source = svg.chart('a', 'x', [svg.Series('s', [(x, 1) for x in (10, 20, 40, 80, 160)])], log_x=True)
+  places = [float(x) for x in re.findall(r'cx="([^"]*)"', source)]
+  assert [b - a for a, b in itertools.pairwise(places)] == pytest.approx([91] * 4, abs=.11)  # 364 pixels in 4 parts
+  assert '(log scale across)' in source
+  assert '(log' not in svg.chart('a', 'x', [svg.Series('s', [(0, 1), (1, 1)])], log_x=True)
+
+
+@pytest.mark.parametrize('value, words', [
+  (1.0, '1'), (1.5, '1.5'), (5000, '5,000'), ('a', 'a'), (None, 'None'), (True, 'True'), (float('nan'), 'nan')])
+def test_settings_read_as_they_were_set(value, words):
+  assert svg.setting(value) == words
+
+
 @pytest.mark.parametrize('low, high', [(0, 1), (-7.3, 12), (0, 64000), (1e-9, 2e-9), (.999, 1.001), (-1e99, 1e99)])
 def test_ticks_are_few_round_and_inside(low, high):
   ticks = svg.ticks(low, high)
