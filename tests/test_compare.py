@@ -55,6 +55,11 @@ def test_the_newest_evaluation_of_the_last_step(runs, capsys):
     assert [row.split()[-1] for row in rows] == values
 
 
+def test_an_earlier_step_never_stands_for_a_run(runs, capsys):
+  argv = runs([measured('fid', 1.), measured('kid', 2.), measured('fid', 3., step=30, ema='raw')])
+  assert answer(capsys, [*argv, '--metric=fid'])[1][1].split()[-1] == '3.00'
+
+
 def test_runs_are_compared_by_what_they_share(runs, capsys):
   argv = runs([measured('fid_mean', 1., seed=None, seeds=[0, 1]), measured('fid', 2.), measured('kid', 3., nfe=5)],
               [measured('fid', 4.)])

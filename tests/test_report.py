@@ -261,11 +261,12 @@ def test_other_sections_are_there_where_their_records_are(tmp_path):
                                  *HOSTILE])
 def test_a_data_card_may_hold_anything(tmp_path, odd):
   folder = make_run(tmp_path / 'run')
-  nested = {str(odd): odd, 'count': odd, 'overlap': odd, 'why': odd}
+  nested = {str(odd): odd, f'{odd}<i>': 5, 'count': odd, 'overlap': odd, 'why': odd}
   for card in dict.fromkeys(CARD, odd), dict.fromkeys(CARD, nested), nested:
     put(folder / 'data_card.json', card)
     page, _ = made(folder)
-    assert not page.all('script') and not any('onerror' in attrs or 'onload' in attrs for _, attrs in page.tags)
+    assert not page.all('script') and not page.all('i')
+    assert not any('onerror' in attrs or 'onload' in attrs for _, attrs in page.tags)
 
 
 @pytest.mark.parametrize('level, words', [(.9, '90 %'), (.999, '99.9 %'), (None, '95 %'), ('<b>', '95 %'), (3, '95 %')])
