@@ -91,17 +91,17 @@ def variance_of(model: Model) -> float | str:
 def settings_of(name: str, model: Model, flags: Any) -> dict[str, Any]:
   """The settings of an estimator, for its record; nfe counts the calls of the network for one example.
 
-  The bounds hold for any estimate of x0, so they take it clipped where sampling does; the ODE's density needs one that
-  is smooth.
+  Estimates of x0 are clipped if sampling clips them: the ODE's slope stays Lipschitz, so that its density exists.
   """
+  clip = model.config.sample.clip
   if name == 'discrete_vlb':
     steps = model.diffusion.process.num_steps if flags.steps is None else flags.steps
     return {'grid': 'timesteps', 'steps': steps, 'subset': flags.subset, 'variance': variance_of(model),
-            'clip': model.config.sample.clip, 'nfe': flags.subset or steps}
+            'clip': clip, 'nfe': flags.subset or steps}
   if name == 'continuous_vlb':
-    return {'times': flags.times, 'decoder': 'bins', 'clip': model.config.sample.clip, 'nfe': flags.times}
+    return {'times': flags.times, 'decoder': 'bins', 'clip': clip, 'nfe': flags.times}
   steps = ODE_STEPS if flags.steps is None else flags.steps
-  return {'grid': 'uniform_logsnr', 'steps': steps, 'method': 'heun', 'dequantiser': 'uniform', 'clip': False,
+  return {'grid': 'uniform_logsnr', 'steps': steps, 'method': 'heun', 'dequantiser': 'uniform', 'clip': clip,
           'trace': 'hutchinson' if flags.probes else 'exact', 'probes': flags.probes, 'probe': 'rademacher',
           'nfe': 2 * (steps - 1)}
 

@@ -139,8 +139,7 @@ def test_values_are_the_cores_on_the_same_keys(own_run):
   assert len(set(chosen)) == 10 and chosen.max() > 100  # spread over the split
   x0, labels = jnp.asarray(images('digits')[chosen] / 127.5 - 1, jnp.float32), jnp.asarray(labels[chosen])
   keys = jax.vmap(lambda i: jax.random.fold_in(model_lib.key(5, 'likelihood'), i))(chosen)
-  denoiser = lambda labels: model.denoiser(trained.params, {'label': labels})
-  clipped = lambda labels: guidance.clip(denoiser(labels))
+  clipped = lambda labels: guidance.clip(model.denoiser(trained.params, {'label': labels}))  # as the run's samples are
 
   got = {name: arrays(own_run, record) for name, record in records.items()}
   chain, grid = (of(process, 8) for of in (levels.timesteps(), levels.uniform_logsnr()))
@@ -151,7 +150,7 @@ def test_values_are_the_cores_on_the_same_keys(own_run):
   one = nets.jit(lambda i: likelihood.continuous_vlb(clipped(labels[i][None]), process, x0[i][None], keys[i], times=3))
   for i in (0, 9):
     np.testing.assert_allclose(got['continuous_vlb']['bits'][i], one(i).bits[0], rtol=1e-4)
-  expected = nets.jit(lambda: likelihood.ode_bits(denoiser(labels), grid, x0, keys))()
+  expected = nets.jit(lambda: likelihood.ode_bits(clipped(labels), grid, x0, keys))()
   np.testing.assert_allclose(got['ode']['bits'], expected, rtol=1e-4)
   for name, record in records.items():
     bits = np.float64(got[name]['bits'])
