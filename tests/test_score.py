@@ -1,5 +1,4 @@
 """From image files to values: encode and score, against torch-fidelity's numbers; what does not match is refused."""
-import functools
 import hashlib
 import pathlib
 
@@ -31,7 +30,7 @@ def run(main, *flags):
 def test_files_through_inception_score_as_torch_fidelity_scores_them(tmp_path, monkeypatch):
   """PNG -> features -> FID and KID, where the peer's features and the definitions give the expected values."""
   # The program that test_inception.py compiles: the features are the same in any batch.
-  monkeypatch.setattr(inception, 'extract', functools.partial(inception.extract, batch_size=2))
+  monkeypatch.setattr(features, 'BATCH', 2)
   images, file = fidgen.images(32, 6), tmp_path / 'inception.safetensors'
   file.write_bytes(inception.to_safetensors(inception.from_torch(fidgen.state_dict())))
   run(encode.main, f'--features=inception:{file}', f'--source={pngs(tmp_path / "real", images[3:])}',

@@ -17,6 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import load, save
 
+from diffusion_jax.metrics import batches
+
 __all__ = ['SHAPES', 'CifarClassifier', 'DigitsClassifier', 'about', 'classify', 'digest']
 SHAPES = {'digits': (8, 8, 1), 'cifar': (32, 32, 3)}  # of the images that each one takes
 
@@ -82,12 +84,7 @@ def classify(name: str, images: np.ndarray, batch_size: int = 512) -> dict[str, 
                      f"set config.eval.features to 'pixels'")
   if images.dtype != np.uint8:
     raise ValueError(f'the {name} classifier takes images of type uint8, got {images.dtype}: quantise them first')
-  parts = []
-  for i in range(0, max(len(images), 1), batch_size):
-    chunk = images[i:i + batch_size]
-    padded = np.concatenate([chunk, np.zeros((batch_size - len(chunk), *SHAPES[name]), np.uint8)])
-    parts.append([np.asarray(a)[:len(chunk)] for a in _apply(name, variables, padded)])
-  features, logits = (np.concatenate(p) for p in zip(*parts, strict=True))
+  features, logits = batches.apply(functools.partial(_apply, name), variables, images, batch_size)
   return {'features': features, 'logits': logits}
 
 

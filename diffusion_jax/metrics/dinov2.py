@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from diffusion_jax.metrics import batches
+
 __all__ = ['DINOv2', 'extract', 'from_arrays', 'prepare', 'settings']
 
 SIZE = 224  # pixels
@@ -133,22 +135,12 @@ def extract(params, images: np.ndarray, batch_size: int = 32) -> np.ndarray:
   """images uint8 [N, H, W, 3], or [N, H, W, 1] for grey -> the features of FD-DINOv2, float32 [N, D].
 
   D is 1024 for ViT-L/14. `params` come from `from_arrays`. The network is compiled for `batch_size` images, whatever
-  their size; a last batch that is not full is filled up, and what filled it is dropped again. Raises ValueError for
-  images of another shape or dtype.
+  their size, and runs on as many local devices as divide it. Raises ValueError for images of another shape or dtype.
   """
   if images.ndim != 4 or images.shape[-1] not in (1, 3) or images.dtype != np.uint8 or not images.size:
     raise ValueError(f'DINOv2 takes images uint8 [N, H, W, 3] or [N, H, W, 1], got {images.dtype} '
                      f'{list(images.shape)}: round to 0..255 and put channels last')
-  if batch_size < 1:
-    raise ValueError(f'batch_size must be at least 1, got {batch_size}')
-  params = jax.device_put(params)  # once, not with every batch
-  parts = []
-  for i in range(0, len(images), batch_size):
-    chunk = images[i:i + batch_size]
-    padded = np.zeros((batch_size, *images.shape[1:]), np.uint8)
-    padded[:len(chunk)] = chunk
-    parts.append(np.asarray(_network(params, _prepare(padded)))[:len(chunk)])
-  return np.concatenate(parts)
+  return batches.apply(lambda params, batch: _network(params, _prepare(batch)), params, images, batch_size)
 
 
 def settings(params) -> DINOv2:

@@ -13,10 +13,11 @@ from typing import NamedTuple
 import numpy as np
 from safetensors.numpy import save
 
-from diffusion_jax.metrics import classifiers, dinov2, inception, weights
+from diffusion_jax.metrics import batches, classifiers, dinov2, inception, weights
 
 __all__ = ['Extractor', 'make', 'names']
-SIZE = 8  # of the pixels' averages
+SIZE = 8    # of the pixels' averages
+BATCH = 32  # images that a large network sees at once
 
 
 class Extractor(NamedTuple):
@@ -70,13 +71,15 @@ def _classifier(name):
 def _inception(file):
   path = weights.fetch(file)
   params = _converted(path)
+  digest = _sha256(b'inception' + inception.to_safetensors(params))
+  params = batches.place(params, BATCH)
   outputs = {'2048': 'features', 'sfid': 'sfid', 'logits_unbiased': 'logits'}
 
   def extract(images):
-    found = inception.extract(params, images, outputs=tuple(outputs))
+    found = inception.extract(params, images, BATCH, tuple(outputs))
     return {ours: found[name] for name, ours in outputs.items()}
 
-  return Extractor('inception', _sha256(b'inception' + inception.to_safetensors(params)), extract)
+  return Extractor('inception', digest, extract)
 
 
 def _converted(path):
@@ -102,7 +105,9 @@ def _dinov2(file):
   arrays = weights.read(weights.find(file))
   params = dinov2.from_arrays(arrays)
   content = save({name: np.ascontiguousarray(array) for name, array in sorted(_leaves(params))})
-  return Extractor('dinov2', _sha256(b'dinov2' + content), lambda images: {'features': dinov2.extract(params, images)})
+  params = batches.place(params, BATCH)
+  return Extractor('dinov2', _sha256(b'dinov2' + content),
+                   lambda images: {'features': dinov2.extract(params, images, BATCH)})
 
 
 def _leaves(tree, prefix=''):

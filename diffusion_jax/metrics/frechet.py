@@ -107,11 +107,11 @@ def frechet_infinity(real: Moments, features: np.ndarray, points: int = 15, smal
   """The distance of `real` from infinitely many samples (Chong & Forsyth 2020: 15 subsets of 5,000 to 50,000).
 
   The distance of the first `size` features in one random order (seeded), at each of `points` sizes from `smallest`
-  (default: a tenth of N and at least 2 D, below which it is no straight line) to N, a least-squares line in 1 / size, and
-  its intercept. The standard error
-  joins the line's own with that of the samples (`frechet_estimate`), which all subsets share. Only the bias of the
-  features' N goes; that of `real` stays. The line is straight for N well above the number of directions that matter:
-  50,000 features of 2,048 independent and equal dimensions, the worst case, gave 20.85 +- 0.16 for a true 21.67.
+  (default: a tenth of N and at least 2 D, below which it is no straight line) to N, a least-squares line in 1 / size,
+  and its intercept. The standard error joins the line's own with that of the samples (`frechet_estimate`), which all
+  sizes share. Only the bias of the features' N goes; that of `real` stays. The line is straight for N well above the
+  number of directions that matter: 50,000 features of 2,048 independent and equal dimensions, the worst case, gave
+  20.85 +- 0.16 for a true 21.67.
   """
   features, = checked(features)
   n, d = features.shape

@@ -18,6 +18,9 @@ from jax import lax
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 
+from diffusion_jax.metrics import batches
+from diffusion_jax.metrics.convolution import convolve
+
 __all__ = ['OUTPUTS', 'Inception', 'extract', 'from_arrays', 'from_tensorflow', 'from_torch', 'load', 'prepare',
            'to_safetensors']
 
@@ -91,8 +94,7 @@ class Conv(nn.Module):
     kernel = param('kernel', nn.initializers.he_normal(), *self.kernel, x.shape[-1])
     scale, var = param('scale', nn.initializers.ones), param('var', nn.initializers.ones)
     bias, mean = param('bias', nn.initializers.zeros), param('mean', nn.initializers.zeros)
-    x = lax.conv_general_dilated(x, kernel, (self.stride, self.stride), 'SAME' if self.stride == 1 else 'VALID',
-                                 precision='highest', dimension_numbers=('NHWC', 'HWIO', 'NHWC'))
+    x = convolve(x, kernel, self.stride)
     return nn.relu((x - mean) * (scale * lax.rsqrt(var + EPSILON)) + bias)
 
 
@@ -198,27 +200,21 @@ def extract(params, images: np.ndarray, batch_size: int = 32,
             outputs: Sequence[str] = tuple(OUTPUTS)) -> dict[str, np.ndarray]:
   """images uint8 [N, H, W, 3], or [N, H, W, 1] for grey -> {name: float32 [N, OUTPUTS[name]]} for names in `outputs`.
 
-  `params` come from `from_torch`, `from_tensorflow` or `load`. The network is compiled for `batch_size` images,
-  whatever their size; a last batch that is not full is filled up, and what filled it is dropped again.
-  Raises ValueError for images of another shape or dtype.
+  `params` come from `from_arrays` or `load`. The network is compiled for `batch_size` images, whatever their size, and
+  runs on as many local devices as divide it; what fills up a last batch is dropped again. Raises
+  ValueError for images of another shape or dtype.
   """
   if images.ndim != 4 or images.shape[-1] not in (1, 3) or images.dtype != np.uint8 or not images.size:
     raise ValueError(f'the Inception network takes images uint8 [N, H, W, 3] or [N, H, W, 1], got {images.dtype} '
                      f'{list(images.shape)}: round to 0..255 and put channels last')
   if unknown := sorted(set(outputs) - set(OUTPUTS)):
     raise ValueError(f'the Inception network has no output {unknown[0]!r}: choose from {", ".join(OUTPUTS)}')
-  if batch_size < 1:
-    raise ValueError(f'batch_size must be at least 1, got {batch_size}')
-  params = jax.device_put(params)  # once, not with every batch
-  result = {name: np.empty((len(images), OUTPUTS[name]), np.float32) for name in outputs}
-  for i in range(0, len(images), batch_size):
-    chunk = images[i:i + batch_size]
-    padded = np.zeros((batch_size, *images.shape[1:]), np.uint8)
-    padded[:len(chunk)] = chunk
-    found = _network(params, _prepare(padded))
-    for name, values in result.items():
-      values[i:i + len(chunk)] = np.asarray(found[name])[:len(chunk)]
-  return result
+  def network(params, batch):
+    found = _network(params, _prepare(batch))
+    return {name: found[name] for name in outputs}
+
+  found = batches.apply(network, params, images, batch_size)
+  return {name: found[name] for name in outputs}  # in this order
 
 
 # Two programs: a new image size compiles the short one only.
