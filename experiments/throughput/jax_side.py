@@ -16,7 +16,7 @@ from diffusion_jax import model as model_lib
 from diffusion_jax import sample as sample_lib
 from diffusion_jax import train as train_lib
 from diffusion_jax.core import levels, samplers, schedules
-from diffusion_jax.metrics import inception
+from diffusion_jax.metrics import batches, inception
 from diffusion_jax.model import Model
 from diffusion_jax.nets import unet
 from diffusion_jax.runtime import log, sharding
@@ -137,6 +137,7 @@ def features(case: Case) -> Prepared:
   """What evaluate calls: images uint8 to all outputs of the Inception network, in batches."""
   sharding.use_cpu_cores(case.batch)
   params, images = inception.from_torch(cases.weights(inception_shapes())), cases.images(case)
+  params = batches.place(params, case.batch)
   call = lambda: inception.extract(params, images, case.batch)
   times = [time.perf_counter()]
   for _ in range(2):
@@ -144,7 +145,7 @@ def features(case: Case) -> Prepared:
     times.append(time.perf_counter())
   compile_seconds = times[1] - times[0] - (times[2] - times[1])  # the first call also runs
   outputs = {name: values[:2].ravel().tolist() for name, values in found.items()}
-  return _prepared(params, repeat(call), compile_seconds, sharding.make_mesh(1, 1))._replace(outputs=outputs)
+  return _prepared(params, repeat(call), compile_seconds, sharding.make_mesh())._replace(outputs=outputs)
 
 
 def digits_config(steps: int) -> Config:
