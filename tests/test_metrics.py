@@ -142,6 +142,8 @@ def test_manifold_metrics_are_their_definitions_and_their_jackknife_leaves_group
   """The intervals' values without a group are the metric's on the sets without it."""
   x, y = SETS['gen'][:60], SETS['real'][:60]
   found = (*precision_recall.precision_recall(x, y, k, chunk=25), *precision_recall.density_coverage(x, y, k, chunk=25))
+  together = precision_recall.neighbours(x, y, (k, k + 1), chunk=40)  # what is shared changes nothing
+  assert together == (precision_recall.precision_recall(x, y, k), precision_recall.density_coverage(x, y, k + 1))
   assert [f.value for f in found] == pytest.approx(brute(x, y, k), rel=1e-12)
   rng = np.random.default_rng(0)
   groups = [rng.permutation(np.arange(60) % 20) for _ in range(2)]

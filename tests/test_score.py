@@ -64,7 +64,7 @@ def digits(tmp_path_factory):
 def test_a_set_against_itself_is_no_distance_away_and_the_record_says_what_it_is(digits, capsys):
   out = digits / 'itself.jsonl'
   run(score.main, '--features=digits', f'--samples=folder:{digits}/train', f'--reference={digits}/ref.safetensors',
-      f'--out={out}', '--metrics=fd,precision_recall')
+      f'--out={out}', '--metrics=fd,neighbours')
   records = {record['metric']: record for record in log.read_lines(out)}
   assert abs(records['fd_digits_200']['value']) < 1e-4  # roots of a singular covariance lose half the digits
   assert records['precision_digits_200']['value'] == records['recall_digits_200']['value'] == 1

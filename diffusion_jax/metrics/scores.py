@@ -11,15 +11,16 @@ from diffusion_jax.metrics import frechet, intervals
 from diffusion_jax.metrics.frechet import Moments
 from diffusion_jax.metrics.inception_score import inception_score
 from diffusion_jax.metrics.kernel import kid, mmd2_blocks
-from diffusion_jax.metrics.precision_recall import density_coverage, precision_recall
+from diffusion_jax.metrics.precision_recall import neighbours
 from diffusion_jax.metrics.reference import Reference
 
 __all__ = ['DEFAULTS', 'KINDS', 'Score', 'available', 'floor', 'named', 'scores']
 STANDARD = 50_000      # samples that a name does not mention
 NEIGHBOURS = 10_000    # samples on each side for what rests on nearest neighbours, as Dhariwal & Nichol (2021) take
+KS = 3, 5              # which nearest neighbour: of precision and recall, of density and coverage
 # What is scored in the features of each extractor if nothing else is asked for.
-DEFAULTS = {'inception': ('fd', 'sfd', 'kid', 'is', 'precision_recall', 'density_coverage'),
-            'dinov2': ('fd', 'kid', 'precision_recall'), 'digits': ('fd', 'accuracy'), 'cifar': ('fd', 'accuracy'),
+DEFAULTS = {'inception': ('fd', 'sfd', 'kid', 'is', 'neighbours'),
+            'dinov2': ('fd', 'kid', 'neighbours'), 'digits': ('fd', 'accuracy'), 'cifar': ('fd', 'accuracy'),
             'pixels': ('fd',)}
 
 
@@ -46,8 +47,9 @@ def scores(extractor: str, found: Mapping[str, np.ndarray], ref: Reference, labe
            kinds: Sequence[str]) -> list[Score]:
   """The scores `kinds` of samples whose outputs of the extractor are `found` {'features': [N, D], ...}.
 
-  labels [N]: what each sample was asked to be; accuracy needs them and the extractor's logits. kid, precision_recall
-  and density_coverage need the reference's features. Raises ValueError for a kind that cannot be had, saying why.
+  labels [N]: what each sample was asked to be; accuracy needs them and the extractor's logits. kid and neighbours
+  (precision, recall, density, coverage) need the reference's features. Raises ValueError for a kind that cannot be had,
+  saying why.
   """
   made = []
   for kind in kinds:
@@ -82,8 +84,10 @@ def _lacks(kind, extractor, found, ref, labels):
     return f'a classifier of the data, digits or cifar, got {extractor}'
   if kind == 'accuracy' and labels is None:
     return 'samples that were asked to be of a class that the classifier knows, got none'
-  if kind in ('kid', 'precision_recall', 'density_coverage') and ref.features is None:
+  if kind in ('kid', 'neighbours') and ref.features is None:
     return "the reference's features, not only their moments: make the reference with diffusion-jax encode"
+  if kind == 'neighbours' and min(len(found['features']), len(ref.features)) <= max(KS):
+    return f"more than {max(KS)} samples and reference images, got {len(found['features'])} and {len(ref.features)}"
   return ''
 
 
@@ -121,19 +125,16 @@ def _accuracy(found, ref, labels):
   return [('accuracy', len(labels), right / len(labels), intervals.proportion(right, len(labels)), {})]
 
 
-def _neighbours(both, k):
-  def score(found, ref, labels):
-    n = min(NEIGHBOURS, len(found['features']), len(ref.features))
-    estimates = both(found['features'][:n], _subset(ref.features, n), k)
-    return [(name, n, value, ci, {'k': k}) for name, (value, ci) in estimates._asdict().items()]
-
-  return score
+def _neighbours(found, ref, labels):
+  n = min(NEIGHBOURS, len(found['features']), len(ref.features))
+  both = neighbours(found['features'][:n], _subset(ref.features, n), KS)
+  return [(name, n, value, ci, {'k': k}) for part, k in zip(both, KS, strict=True)
+          for name, (value, ci) in part._asdict().items()]
 
 
 # What can be scored: extractor's outputs, reference, labels -> (name, samples, value, interval, details) of each value.
 KINDS = {'fd': _fd, 'sfd': _sfd, 'fd_infinity': _fd_infinity, 'kid': _kid, 'is': _is,
-         'precision_recall': _neighbours(precision_recall, 3), 'density_coverage': _neighbours(density_coverage, 5),
-         'accuracy': _accuracy}
+         'neighbours': _neighbours, 'accuracy': _accuracy}
 
 
 def _distance(reference: Moments, x):
