@@ -58,6 +58,21 @@ def test_moments_longer_than_a_chunk_are_numpys():
   np.testing.assert_allclose(moments(x).cov, np.cov(x.astype(np.float64), rowvar=False), rtol=1e-12)
 
 
+def test_few_features_of_many_dimensions_have_the_distance_and_the_jackknife_of_their_definition():
+  """Fewer samples than dimensions: by inner products, against moments and covariances of each part."""
+  rng = np.random.default_rng(0)
+  mix = rng.normal(size=(30, 30))
+  real, x = moments(rng.normal(size=(200, 30)) @ mix), (rng.normal(0.4, 1, (24, 30)) @ mix).astype(np.float32)
+  found = frechet.frechet_estimate(real, x)
+  distance = lambda values: frechet.frechet_distance(moments(values), real)
+  assert found.value == pytest.approx(distance(x), rel=1e-6)
+  assert found.ci == pytest.approx(intervals.jackknife(distance, x, 20), rel=1e-4)
+  with pytest.raises(ValueError, match='at least 4 features, got 3'):
+    frechet.frechet_estimate(real, x[:3])
+  with pytest.raises(ValueError, match='one dimension, got 30 and 29'):
+    frechet.frechet_estimate(real, x[:, :29])
+
+
 def test_the_influence_is_the_derivative_of_the_distance():
   """The standard error against that of a finite-difference jackknife: each sample's weight moved by a little."""
   rng = np.random.default_rng(0)

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from diffusion_jax.metrics.intervals import Estimate, Z
+from diffusion_jax.metrics.intervals import Estimate, Z, jackknife
 
 CHUNK = 4096  # rows that are held in float64 at a time
 
@@ -88,14 +88,23 @@ def frechet_distance(a: Moments, b: Moments) -> float:
 def frechet_estimate(real: Moments, features: np.ndarray) -> Estimate:
   """The distance of features [N, D] from `real`, and its 95 % interval for the sampling of the features.
 
-  The delta method: value -+ Z standard deviations of the samples' influence / sqrt(N). With A, B the covariances of
-  real and features, R = A^1/2 and z = x - mean, the influence of x is 2 (mean - real mean).z + z^T (I - T) z, less its
-  mean. T = R (R B R)^-1/2 R is the linear map that carries B to A, and I - T the gradient of the distance with respect
-  to B (Takatsu 2011). This takes two eigenvalue problems and one matrix product, a bootstrap hundreds of each. Like the
-  bootstrap it covers the distance's expectation at this N and holds `real` fixed. It needs N above D, and is a rough
-  guide only where the distance is all bias: the influence vanishes with the distance.
+  The interval covers the distance's expectation at this N, as a bootstrap would, and holds `real` fixed.
+
+  For N above D by the delta method: value -+ Z standard deviations of the samples' influence / sqrt(N). With A, B the
+  covariances of real and features, R = A^1/2 and z = x - mean, the influence of x is
+  2 (mean - real mean).z + z^T (I - T) z, less its mean. T = R (R B R)^-1/2 R is the linear map that carries B to A, and
+  I - T the gradient of the distance with respect to B (Takatsu 2011). This takes two eigenvalue problems and one matrix
+  product, a bootstrap hundreds of each. It is a rough guide only where the distance is all bias: the influence vanishes
+  with the distance. For N up to D by a jackknife over 20 groups, on the N x N matrix that has the same eigenvalues.
+  Raises ValueError for fewer than 4 features.
   """
   features, = checked(features)
+  n, d = features.shape
+  if n < 4:
+    raise ValueError(f'an interval needs at least 4 features, got {n}')
+  if n <= d:
+    distance = _distance_of_rows(real, features)
+    return Estimate(distance(np.arange(n)), jackknife(distance, np.arange(n), min(20, n)))
   found = moments(features)
   _check_pair(real, found)
   value, error = _value_and_error(real, _root(real.cov), found, features)
@@ -169,6 +178,23 @@ def _root(cov):
 def _sum(a, b, cross):
   distance = np.sum((a.mean - b.mean) ** 2) + np.trace(a.cov) + np.trace(b.cov)
   return float(distance - 2 * np.sqrt(np.clip(cross, 0, None)).sum())
+
+
+def _distance_of_rows(real, features):
+  """rows -> the distance of features[rows], by their inner products: for fewer features than dimensions."""
+  x = features.astype(np.float64)
+  _check_pair(real, Moments(len(x), x.mean(0), np.zeros(0)))
+  x -= real.mean
+  products = x @ real.cov @ x.T  # its eigenvalues are those of R B R (n - 1), once it is centred
+
+  def distance(rows):
+    part, cross = x[rows], products[np.ix_(rows, rows)]
+    mean, n = part.mean(0), len(rows)
+    cross = cross - cross.mean(0) - cross.mean(1)[:, None] + cross.mean()
+    roots = np.sqrt(np.clip(np.linalg.eigvalsh(cross), 0, None) / (n - 1)).sum()
+    return float(mean @ mean + np.trace(real.cov) + np.sum((part - mean) ** 2) / (n - 1) - 2 * roots)
+
+  return distance
 
 
 def _distance(a, root, b):

@@ -138,11 +138,10 @@ KINDS = {'fd': _fd, 'sfd': _sfd, 'fd_infinity': _fd_infinity, 'kid': _kid, 'is':
 
 
 def _distance(reference: Moments, x):
-  """The distance and its interval: by each sample's influence, or where there are too few for that by leaving out."""
-  if len(x) > x.shape[1]:
-    return frechet.frechet_estimate(reference, x)
-  distance = lambda values: frechet.frechet_distance(frechet.moments(values), reference)
-  return distance(x), intervals.jackknife(distance, x, min(20, len(x))) if len(x) > 3 else None
+  """The distance and its interval, None for fewer than 4 samples."""
+  if len(x) < 4:
+    return frechet.frechet_distance(frechet.moments(x), reference), None
+  return frechet.frechet_estimate(reference, x)
 
 
 def _kid_interval(value, x, y):
