@@ -1,0 +1,331 @@
+"""The points of a sweep: what a sweep file asks for, which folder each point has, and how far it is.
+
+A sweep file is a config file with RUNS (names), SEEDS and get_config('NAME-sK'). A point is one run of one seed. Its
+folder ROOT/<name>-<8 hex> is named by what decides its numbers: the resolved config and the code version. All state is
+files: point.json (what it is), attempts.jsonl (what was done, a line each), finished.json (trained and evaluated), and
+a lock on point.lock, which ends with the process that holds it, however that ends.
+
+Nothing here imports jax, except where a sweep file is loaded or a record is written.
+"""
+import contextlib
+import datetime
+import fcntl
+import fnmatch
+import functools
+import hashlib
+import importlib
+import importlib.util
+import json
+import os
+import pathlib
+import re
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from diffusion_jax import records
+from diffusion_jax.runtime import config as config_lib
+from diffusion_jax.runtime.config import Config, UserError, nearest
+
+NAME = re.compile(r'[A-Za-z0-9][A-Za-z0-9._=+-]{0,79}')
+WAITING, RUNNING, INTERRUPTED, FAILED, FINISHED = STATES = 'waiting', 'running', 'interrupted', 'failed', 'finished'
+
+
+class Point(NamedTuple):
+  """One run of one seed: a config, and the folder where it is trained and evaluated."""
+  name: str           # RUN-sSEED
+  run: str
+  seed: int
+  config_hash: str
+  folder: pathlib.Path
+  code: str           # the code version that the folder was made by
+
+
+class Plan(NamedTuple):
+  """A sweep: its points, in the order of RUNS and then of SEEDS."""
+  sweep: str          # the sweep file
+  file_hash: str
+  evaluate: tuple[str, ...] | None  # flags of `diffusion-jax evaluate`; None: points are trained only
+  code: str
+  points: tuple[Point, ...]
+
+
+# What a sweep file asks for
+
+def read_sweep(file: str) -> tuple[list[str], list[int], tuple[str, ...] | None]:
+  """(RUNS, SEEDS, EVALUATE) of a sweep file; UserError where it is not one."""
+  if not os.path.isfile(file) or not file.endswith('.py'):
+    folder = pathlib.Path(file).parent
+    names = [str(p) for p in [*folder.glob('*.py'), *folder.glob('*/sweep.py')]] if folder.is_dir() else []
+    raise UserError(f'there is no sweep file {file!r}{nearest(file, names)}')
+  sys.path.insert(0, os.getcwd())
+  try:
+    module_spec = importlib.util.spec_from_file_location(pathlib.Path(file).stem, file)
+    module = importlib.util.module_from_spec(module_spec)
+    module_spec.loader.exec_module(module)
+  except UserError:
+    raise
+  except Exception as e:
+    raise UserError(f'sweep file {file!r} cannot be read: {type(e).__name__}: {e}') from e
+  finally:
+    sys.path.pop(0)
+  for name in 'RUNS', 'SEEDS', 'get_config':
+    if not hasattr(module, name):
+      raise UserError(f'{file!r} has no {name}: a sweep file has RUNS, SEEDS and get_config(run)')
+  runs, seeds, evaluate = _list(module.RUNS), _list(module.SEEDS), getattr(module, 'EVALUATE', ())
+  for run in runs or ['']:
+    if not isinstance(run, str) or not NAME.fullmatch(run) or '..' in run:
+      raise UserError(f'{file!r}: RUNS must be names of letters, digits and ._=+- that begin with a letter or a digit, '
+                      f'without "..", up to 80 characters, got {run!r}')
+    if re.search(r'-s\d+$', run):
+      raise UserError(f'{file!r}: the run {run!r} ends like a seed: name it otherwise')
+  for seed in seeds or [None]:
+    if type(seed) is not int or seed < 0:
+      raise UserError(f'{file!r}: SEEDS must be whole numbers from 0, got {seed!r}')
+  for name, values in ('RUNS', runs), ('SEEDS', seeds):
+    if twice := {value for value in values if values.count(value) > 1}:
+      raise UserError(f'{file!r}: {name} has {min(twice)!r} twice')
+  if evaluate is not None:
+    evaluate = _list(evaluate)
+    for flag in evaluate:
+      if not isinstance(flag, str) or not flag.startswith('--') or flag.startswith(('--workdir', '--watch')):
+        raise UserError(f"{file!r}: EVALUATE must be flags of diffusion-jax evaluate like '--num=500', without "
+                        f'--workdir and --watch, got {flag!r}')
+    evaluate = tuple(evaluate)
+  return runs, seeds, evaluate
+
+
+def plan(file: str, root: pathlib.Path, again: bool = False) -> Plan:
+  """The sweep, with every config resolved and the folder of every point chosen; writes nothing.
+
+  A folder that was made for the same config by other code is taken where there is none by this code, unless `again`.
+  """
+  from diffusion_jax import model as model_lib
+  runs, seeds, evaluate = read_sweep(file)
+  code, made, points, hashes = code_version(), folders(root), [], {}
+  for run in runs:
+    for seed in seeds:
+      name = f'{run}-s{seed}'
+      config = config_lib.load(f'{file}:{name}')
+      try:
+        model_lib.check(config)
+      except UserError as e:
+        raise UserError(f'{file}:{name}: {e}') from e
+      digest = config_hash(config)
+      if (other := hashes.setdefault(digest, name)) != name:
+        raise UserError(f'{file!r}: {other!r} and {name!r} are the same config: does get_config set config.seed?')
+      points.append(place(root, Point(name, run, seed, digest, root, code), made, again))
+  return Plan(file, file_hash(file), evaluate, code, tuple(points))
+
+
+def place(root: pathlib.Path, point: Point, made: Mapping[str, list[dict]], again: bool = False) -> Point:
+  """The point with its folder, and with the code version that this was made by."""
+  alike = [about for about in made.get(point.name, []) if about.get('config_hash') == point.config_hash]
+  if not again and alike and point.code not in [about.get('code') for about in alike]:
+    return point._replace(folder=alike[-1]['folder'], code=str(alike[-1].get('code')))
+  return point._replace(folder=root / f'{point.name}-{_digest(point.config_hash + point.code)[:8]}')
+
+
+def select(points: Sequence[Point], pattern: str | None) -> list[Point]:
+  """The points whose name or run matches a shell pattern, all for None; UserError where there is none."""
+  match = lambda point: any(fnmatch.fnmatchcase(name, pattern) for name in (point.name, point.run))
+  found = [point for point in points if pattern is None or match(point)]
+  if not found:
+    raise UserError(f'--only={pattern} matches no point{nearest(pattern, [point.name for point in points])}')
+  return found
+
+
+# What identifies a point
+
+def config_hash(config: Config | Mapping[str, Any]) -> str:
+  """The SHA-256 of a config as canonical JSON: of one in memory and of its config.json alike."""
+  return _digest(json.dumps(json.loads(config_lib.to_json(config)), sort_keys=True))
+
+
+@functools.cache
+def code_version() -> str:
+  """12 hex of the SHA-256 of the sources that make the numbers of a run.
+
+  Not the git revision: that changes with every page of documentation, and says nothing of edits not yet committed.
+  """
+  package, digest = pathlib.Path(__file__).parent, hashlib.sha256()
+  for name in sources(package):
+    digest.update(f'{name}\0{hashlib.sha256((package / name).read_bytes()).hexdigest()}\n'.encode())
+  return digest.hexdigest()[:12]
+
+
+def sources(package: pathlib.Path) -> list[str]:
+  """The sources below the package that make numbers: its leaves, train, evaluate, and what these import."""
+  found, waiting = {*package.glob('*/**/*.py')}, [package / 'train.py', package / 'evaluate.py']
+  while waiting:
+    path = waiting.pop()
+    if path not in found and path.is_file():
+      found.add(path)
+      lines = re.findall(r'(?:from|import) diffusion_jax\b(.*)', path.read_text('utf-8'))
+      waiting += (package / f'{name}.py' for line in lines for name in re.findall(r'\w+', line))
+  return sorted(path.relative_to(package).as_posix() for path in found)
+
+
+def file_hash(file: str) -> str:
+  """The SHA-256 of a file, '' where it cannot be read."""
+  try:
+    return hashlib.sha256(pathlib.Path(file).read_bytes()).hexdigest()
+  except OSError:
+    return ''
+
+
+def _digest(text: str) -> str:
+  return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _list(value: Any) -> list:
+  return list(value) if isinstance(value, Mapping | Sequence | range) and not isinstance(value, str) else [value]
+
+
+# Folders
+
+def root_of(file: str, root: str | None) -> pathlib.Path:
+  """Where the folders of the points are; UserError for a place without locks."""
+  if '://' in (root or ''):
+    raise UserError(f'--root={root}: points need a file system that has locks; mount it, and give its folder')
+  return pathlib.Path(root or pathlib.Path('runs', pathlib.Path(file).resolve().parent.name))
+
+
+def folders(root: pathlib.Path) -> dict[str, list[dict]]:
+  """{name: point.json of each folder made for the point of that name, with its 'folder', oldest first}."""
+  found = {}
+  for path in root.glob('*/point.json'):
+    about = records.read_json(path)
+    if isinstance(about.get('name'), str) and path.parent.name.startswith(about['name'] + '-'):
+      found.setdefault(about['name'], []).append(about | {'folder': path.parent})
+  return {name: sorted(alike, key=lambda about: str(about.get('made'))) for name, alike in found.items()}
+
+
+def make(point: Point, sweep: str, evaluate: Sequence[str] | None) -> None:
+  """Makes the folder of a point, or brings its evaluation flags up to date; whole or not at all."""
+  from diffusion_jax.runtime import log
+  path, about = point.folder / 'point.json', point._asdict()
+  about |= {'folder': point.folder.name, 'sweep': sweep, 'evaluate': None if evaluate is None else list(evaluate)}
+  old = records.read_json(path)
+  if any(old.get(key) != value for key, value in about.items()):
+    # Finer than log.now: the order of two folders made in one second must be known.
+    made = datetime.datetime.now(datetime.UTC).isoformat()
+    log.write_json(path, {'made': made} | old | about)
+
+
+def save_plan(root: pathlib.Path, plan: Plan) -> None:
+  """Writes ROOT/sweep.json, which the commands that only look read."""
+  from diffusion_jax.runtime import log
+  points = [point._asdict() | {'folder': point.folder.name} for point in plan.points]
+  log.write_json(root / 'sweep.json', plan._asdict() | {'points': points})
+
+
+def load_plan(root: pathlib.Path) -> Plan:
+  """The sweep as `run` last planned it; UserError where nothing was run."""
+  path = root / 'sweep.json'
+  if not path.is_file():
+    raise UserError(f'there is no {path}: nothing was run there; begin with diffusion-jax sweep run FILE, '
+                    f'or give its --root')
+  try:
+    saved = json.loads(path.read_text('utf-8'))
+    points = [Point(**one | {'folder': root / pathlib.Path(one['folder']).name}) for one in saved['points']]
+    evaluate = saved['evaluate']
+    return Plan(**saved | {'points': tuple(points), 'evaluate': None if evaluate is None else tuple(evaluate)})
+  except (OSError, ValueError, KeyError, TypeError) as e:
+    raise UserError(f'{path} is not what `run` wrote ({type(e).__name__}: {e}): run the sweep again') from e
+
+
+# The lock
+
+@contextlib.contextmanager
+def locked(folder: pathlib.Path, patience: float = 1.0) -> Iterator[int | None]:
+  """Holds the lock of a folder; gives its file descriptor, None where another process holds it.
+
+  A child that is given the descriptor holds the lock too. Tried for `patience` seconds: who only looks (see `held`)
+  holds it for an instant.
+  """
+  with open(folder / 'point.lock', 'ab') as file:
+    deadline = time.monotonic() + patience
+    while True:
+      try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        break
+      except BlockingIOError:
+        if time.monotonic() > deadline:
+          yield None
+          return
+        time.sleep(0.05)
+    yield file.fileno()
+
+
+def held(folder: pathlib.Path) -> bool:
+  """Whether a process works on the point."""
+  try:
+    with open(folder / 'point.lock', 'rb') as file:
+      fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+  except BlockingIOError:
+    return True
+  except FileNotFoundError:
+    pass
+  return False
+
+
+# How far a point is
+
+class State(NamedTuple):
+  """How far a point is. `last` is the start line of its newest attempt and `end` its end, {} where there is none."""
+  state: str
+  note: str           # why, in words
+  last: dict
+  end: dict
+  cancelled: bool     # and not submitted since
+  codes: tuple[str, ...]  # the code versions that worked on it
+
+
+def finished(folder: pathlib.Path, evaluate: Sequence[str] | None) -> bool:
+  """Whether a point is trained, and evaluated with these flags."""
+  done = records.read_json(folder / 'finished.json')
+  return bool(done) and done.get('evaluate') == (None if evaluate is None else list(evaluate))
+
+
+def state(point: Point, evaluate: Sequence[str] | None) -> State:
+  """The state of a point, from its files and its lock."""
+  running = held(point.folder)
+  lines = records.read_lines(point.folder / 'attempts.jsonl')
+  kinds = [line.get('event') for line in lines]
+  start = len(kinds) - 1 - kinds[::-1].index('start') if 'start' in kinds else None
+  last = lines[start] if start is not None else {}
+  end = next((line for line in lines[start:] if line.get('event') == 'end'), {}) if last else {}
+  running = running or (bool(last) and not end and held(point.folder))  # it may have begun in between
+  cancelled = [kind for kind in kinds if kind in ('submit', 'cancel')][-1:] == ['cancel']
+  make = lambda *words: State(*words, last, end, cancelled,
+                              tuple(sorted({str(line['code']) for line in lines if line.get('code')})))
+  who = f'pid {last.get("pid", "?")} on {last.get("host", "?")}'
+  if running:
+    return make(RUNNING, who)
+  if finished(point.folder, evaluate):
+    return make(FINISHED, '')
+  said = 'cancelled' if cancelled else f'refused: {lines[-1].get("error")}' if kinds[-1:] == ['refused'] else ''
+  if (point.folder / 'finished.json').exists():
+    return make(WAITING, said or 'the flags of its evaluation have changed')
+  if not last:
+    return make(WAITING, said)
+  if not end:
+    return make(INTERRUPTED, said or f'ended without a word ({who})')
+  status, error = end.get('status'), str(end.get('error') or '')
+  from launch import job  # see need_launch
+  again = status == 0 or (type(status) is int and job.retryable(status))
+  said = (said if again else '') or f'status {status}' + f': {error}' * bool(error)
+  return make(INTERRUPTED if again else FAILED, said)
+
+
+def need_launch() -> None:
+  """Makes the launchers importable; UserError where this is no checkout."""
+  if importlib.util.find_spec('launch') is None:
+    sys.path.append(os.getcwd())  # which the console script does not have
+  try:
+    importlib.import_module('launch.job')
+  except ImportError as e:
+    raise UserError(f'the launchers cannot be imported ({e}): run this in the root of a checkout, where launch/ lies'
+                    ) from e
