@@ -17,7 +17,7 @@ from pathlib import Path
 
 from diffusion_jax import records
 from diffusion_jax.records import Row, Run, Unusable
-from diffusion_jax.svg import number, numbers, quantity, setting
+from diffusion_jax.svg import ends_of, number, plain, quantity, setting
 
 SAID = ('step', 'sampler', 'nfe', 'guidance', 'ema', 'seed')  # of every row, besides its values
 
@@ -66,17 +66,6 @@ def cell(record: dict) -> str:
   ends, metric = ends_of(record), str(record.get('metric'))
   shown = [quantity(metric, end, record['value']) for end in ends]
   return quantity(metric, record['value']) + (f' [{", ".join(shown)}]' if ends else '')
-
-
-def ends_of(record: dict) -> list[float]:
-  """Both ends of an interval, rising; [] where there is none."""
-  ends = [end for end in numbers(record.get('ci')) if end is not None]
-  return sorted(ends) if len(ends) == 2 else []
-
-
-def plain(words: str) -> str:
-  """Words that a terminal shows and does not obey."""
-  return ''.join(c if c.isprintable() else '?' for c in words)
 
 
 def verdict(metric: str, labels: Sequence[str], a: dict, b: dict) -> str:

@@ -3,12 +3,13 @@
 With the standard library alone, like `report`, whose parts these are. No two unlike records (see `records`) ever share
 a column.
 """
+import json
 from collections.abc import Iterable, Sequence
 from html import escape as text
 from itertools import groupby
 
 from diffusion_jax import records, svg
-from diffusion_jax.records import Column, Run
+from diffusion_jax.records import Column, Row, Run
 from diffusion_jax.svg import NOTHING, confidence, interval, number, numbers, quantity, said, setting
 
 
@@ -61,20 +62,42 @@ def table(runs: Sequence[Run]) -> str:
   settings = [how(records.first(row)) for _, row in rows]
   same = [words for words in settings[0][1] if len(rows) > 1 and all(words in rest for _, rest in settings)]
   above = f'<p class="note">All evaluations: {", ".join(same)}.</p>' * bool(same)
-  body, behind = '', {}
+  body = ''
   for (run, row), (main, rest) in zip(rows, settings, strict=True):
     label = f'{name(run)}<br>' * (len({run.folder for run in runs}) > 1)
     small = f'<small>{" · ".join(words for words in rest if words not in same)}</small>'
-    cells = ''.join(cell(row.get(key)) for key in found)
+    cells = ''.join(cell(run, row.get(key)) for key in found)
     body += f'<tr><th scope="row">{label}{main}{small}</th>{cells}</tr>'
-    named = {}
-    for key, record in row.items():
-      named[key.metric if key.metric not in named else f'{key.metric}, unlike {len(named)}'] = record
-    behind[f'{len(behind) + 1}. {run.label}'] = named
   return (f'{warnings(found, rows)}{above}<div class="scroll" tabindex="0" role="region" aria-label="Evaluations">'
-          f'<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
-          '<details class="records"><summary>All records, with hashes and versions</summary>'
-          f'{svg.listing(behind)}</details>')
+          f'<table class="sortable"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>{behind(rows)}')
+
+
+def behind(rows: Sequence[tuple[Run, Row]]) -> str:
+  """The records of a table, where its links lead: what all of an evaluation's share is said once."""
+  lines = ''
+  for i, (run, row) in enumerate(rows):
+    first, *others = row.values()
+    shared = {key: value for key, value in first.items()
+              if all(key in other and other[key] == value for other in others)} if others else {}
+    parts = f'<li><b>all of them</b><code>{as_json(shared)}</code></li>' * bool(shared)
+    for key, record in row.items():
+      own = {name: value for name, value in record.items() if name not in shared}
+      parts += (f'<li id="{records.anchor(run, record)}" tabindex="-1"><b>{text(key.metric)}</b>'
+                f'<code>{as_json(own)}</code></li>')
+    title = f'{i + 1}. {text(run.label)}, {how(first)[0]}'
+    lines += f'<li><details><summary>{title}</summary><ul class="listing">{parts}</ul></details></li>'
+  return ('<details class="records"><summary>All records, with hashes and versions</summary>'
+          f'<ul class="listing">{lines}</ul></details>')
+
+
+def as_json(record: dict) -> str:
+  """A record as it stands in its file."""
+  return text(json.dumps(record, ensure_ascii=False), quote=False).replace("'", '&#x27;')  # " is harmless, and common
+
+
+def linked(run: Run, record: dict, words: str) -> str:
+  """Words, already markup, that lead to the record behind them."""
+  return f'<a href="#{records.anchor(run, record)}">{words}</a>'
 
 
 def how(record: dict) -> tuple[str, list[str]]:
@@ -122,18 +145,24 @@ def warnings(found: Sequence[Column], rows: Sequence) -> str:
     f'{text(", ".join(metrics))}.</strong> {text(metrics[0] + why)}.</p>' for why, metrics in reasons.items())
 
 
-def cell(record: dict | None) -> str:
+def cell(run: Run, record: dict | None) -> str:
   """A table's cell."""
-  return f'<td>{value(record) if record else NOTHING}</td>'
+  return f'<td{sort_by(record.get("value"))}>{value(record, run)}</td>' if record else f'<td>{NOTHING}</td>'
 
 
-def value(record: dict) -> str:
-  """A value over its interval, with what it is of several seeds."""
+def sort_by(value) -> str:
+  """The attribute that a cell is sorted by."""
+  return f' data-v="{float(value)!r}"' if number(value) is not None else ''
+
+
+def value(record: dict, run: Run | None = None) -> str:
+  """A value over its interval, with what it is of several seeds; of a run, it leads to its record."""
   metric, found, error = str(record.get('metric')), record.get('value'), number(record.get('standard_error'))
   spread = f' ± {quantity(metric, error, found)}' if error is not None else ''
   seeds = f'<small>{over_seeds(record)}{" ± s.e." * bool(spread)}</small>' if over_seeds(record) else ''
   ends = f' <small>[{", ".join(interval(record))}]</small>' if interval(record) else ''
-  return f'{quantity(metric, found)}{spread}{seeds}{ends}'
+  shown = quantity(metric, found)
+  return f'{linked(run, record, shown) if run else shown}{spread}{seeds}{ends}'
 
 
 # Likelihood

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from diffusion_jax import seeds
 from diffusion_jax.svg import number, setting
 
 # What samples were made by, and how many: records that agree in all of these share a row, whatever they were scored by.
@@ -55,6 +56,15 @@ class Run(NamedTuple):
   metrics: list   # one dict a logged step, by step
   evals: list     # one dict a measured value, oldest first
   done: dict
+  point: dict      # point.json, of a sweep
+  index: int = 0   # its place among the runs that were given
+  group: str = ''  # the name that it shares with the same run of other seeds
+
+  @property
+  def seed(self) -> int | None:
+    """The seed that it was trained with, None where no record says it."""
+    return next((seed for seed in (self.point.get('seed'), self.config.get('seed'))
+                 if isinstance(seed, int) and not isinstance(seed, bool)), None)
 
 
 def read_json(path: Path) -> dict:
@@ -93,14 +103,33 @@ def read_run(folder: Path, label: str, colour: int = 0) -> Run:
   steps = {line['step']: line for line in read_lines(folder / 'metrics.jsonl') if number(line.get('step')) is not None}
   return Run(
     folder, label, colour, config, read_json(folder / 'run.json'), read_json(folder / 'schedule.json'),
-    [steps[step] for step in sorted(steps)], read_lines(folder / 'eval.jsonl'), read_json(folder / 'done.json'))
+    [steps[step] for step in sorted(steps)], read_lines(folder / 'eval.jsonl'), read_json(folder / 'done.json'),
+    read_json(folder / 'point.json'))
 
 
 def read_runs(folders: Sequence[Path]) -> list[Run]:
-  """The runs, labelled by the names of their folders where those differ and by their paths where they do not."""
-  names = [folder.resolve().name for folder in folders]
-  labels = names if len(set(names)) == len(names) else list(map(str, folders))
-  return [read_run(folder, label, i) for i, (folder, label) in enumerate(zip(folders, labels, strict=True))]
+  """The runs, labelled by their points in a sweep or the names of their folders where those differ, else by paths."""
+  runs = [read_run(folder, folder.resolve().name) for folder in folders]
+  points = [f'{seeds.point(run)}-s{run.seed}' * bool(seeds.point(run)) or run.label for run in runs]
+  options = points, [run.label for run in runs], list(map(str, folders))
+  labels = next((labels for labels in options if len(set(labels)) == len(labels)), options[-1])
+  runs = [run._replace(label=label, index=i) for i, (run, label) in enumerate(zip(runs, labels, strict=True))]
+  names = seeds.groups(runs)
+  colours = {name: i for i, name in enumerate(dict.fromkeys(names))}
+  return [run._replace(group=name, colour=colours[name]) for run, name in zip(runs, names, strict=True)]
+
+
+def groups_of(runs: Iterable[Run]) -> dict[str, list[Run]]:
+  """The runs by their groups' names, in the order in which they were given."""
+  groups = {}
+  for run in runs:
+    groups.setdefault(run.group or run.label, []).append(run)
+  return groups
+
+
+def anchor(run: Run, record: dict) -> str:
+  """Where on a page a record of a run is listed."""
+  return f'record-{run.index}-{next(i for i, one in enumerate(run.evals) if one is record)}'
 
 
 # What a metric is called

@@ -1,11 +1,16 @@
 """Run folders -> one self-contained HTML page: `diffusion-jax report RUN [RUN ...] [--out PAGE.html]`.
 
 Reads only the records that the other commands leave in a run folder, with the standard library alone, so that a page
-can be made where no jax is installed. The page loads nothing and runs no script: it works from file:// and in a mail.
-A record can hold anything, so every string of one passes through `text` on its way to the page.
+can be made where no jax is installed. The page loads nothing: it works from file:// and in a mail. Its one script
+sorts, flips and slides what can be read without it, and the page's policy allows no other, by its hash. A record can
+hold anything, so every string of one passes through `text` on its way to the page.
 """
 import argparse
+import base64
+import hashlib
+import math
 import os
+import re
 import shlex
 import string
 import sys
@@ -13,21 +18,29 @@ from collections.abc import Callable, Sequence
 from html import escape as text
 from pathlib import Path
 
-from diffusion_jax import quality, records, svg, tradeoff
+from diffusion_jax import comparison, curves, gallery, quality, records, svg, tradeoff
 from diffusion_jax.quality import name
 from diffusion_jax.records import Run, Unusable, read_runs
-from diffusion_jax.svg import duration, number, numbers, said, shown
+from diffusion_jax.svg import duration, number, said, shown
 
 TEMPLATE = Path(__file__).with_name('report_page.html')
 MOST_CLASSES = 20  # whose counts are drawn
+MOST_LINES = 4     # on runs above the page
+MOST_NOTES = 4     # on what runs miss
+AUDITS = 300_000   # bytes of pictures of audits of several runs
 
 
 # Parts of the page: some are about one run, and `each` repeats them; the others overlay or list all runs
 
 def each(runs: Sequence[Run], part: Callable[[Run], str]) -> str:
   """The part of every run that has it, under its name where there are several."""
-  parts = ((run, part(run)) for run in runs)
-  return ''.join((f'<h3>{name(run)}</h3>' if len(runs) > 1 else '') + body for run, body in parts if body)
+  bodies = {}
+  for run in runs:
+    bodies.setdefault(part(run), []).append(name(run))  # what is the same of several is said once
+  parts = [(', '.join(names), body) for body, names in bodies.items() if body]
+  if len(parts) > MOST_LINES:
+    return ''.join(f'<details class="records"><summary>{names}</summary>{body}</details>' for names, body in parts)
+  return ''.join(f'<h3>{names}</h3>' * (len(runs) > 1) + body for names, body in parts)
 
 
 def note(run: Run, sentence: str, command: str, *flags: str) -> str:
@@ -54,37 +67,50 @@ def found(run: Run, file: str) -> list[Path]:
   return sorted(run.folder.glob(f'samples/*/{file}'), key=lambda path: (path.parent.name != 'final', path))
 
 
-def samples(run: Run) -> str:
-  """The newest samples large, and how training came to them small."""
-  during = sorted((p for p in run.folder.glob('samples/*.png') if p.stem.isdecimal()), key=lambda p: int(p.stem))
-  large = found(run, 'grid.png') or [during.pop() for _ in during[-1:]]
-  if not large:
-    return note(run, 'No samples yet', 'sample')
+def notes(runs: Sequence[Run], sentence: str, command: str, *flags: str) -> str:
+  """The notes of runs that miss the same; of many the first and how many more."""
+  first = ''.join(note(run, sentence, command, *flags) for run in runs[:MOST_NOTES])
+  return first + f'<p class="note">The same of {len(runs) - MOST_NOTES} more runs.</p>' * (len(runs) > MOST_NOTES)
+
+
+def samples(runs: Sequence[Run]) -> str:
+  """Of one run the newest samples large, and how training came to them small; of several those of each."""
+  bare = [run for run in runs if not gallery.found(run, 'grid.png') and not gallery.previews(run)]
+  if len(runs) > 1:
+    return gallery.samples([run for run in runs if run not in bare]) + notes(bare, 'No samples yet', 'sample')
+  run, = runs
+  during = gallery.previews(run)
+  large = gallery.found(run, 'grid.png') or [during.pop() for _ in during[-1:]]
   if len(during) > 8:
     during = [during[round(i * (len(during) - 1) / 7)] for i in range(8)]
   def show(path, width):
     when = f'{int(path.stem):,} images' if path.stem.isdecimal() else f'samples/{path.parent.name}'
     return svg.picture(path, when, f'Grid of samples of {run.label}: {when}', width)
   film = ''.join(show(path, 120) for path in during)
-  return f'<div class="pictures">{"".join(show(path, 480) for path in large)}<div class="film">{film}</div></div>'
+  pictures = f'<div class="pictures">{"".join(show(path, 480) for path in large)}<div class="film">{film}</div></div>'
+  return notes(bare, 'No samples yet', 'sample') or pictures
 
 
-def denoising(run: Run) -> str:
-  """The way from noise to samples, as a strip and as a film."""
-  alt = f'Samples of {run.label} on their way from noise to data'
-  ways = [svg.picture(path, 'from noise to data', alt, 960) for path in found(run, 'strip.png')]
-  ways += [svg.picture(path, 'the same as a film', f'{alt}, as a film', 320) for path in found(run, 'trajectory.gif')]
-  return f'<div class="pictures">{"".join(ways)}</div>' if ways else note(
-    run, 'No trajectory yet', 'sample', '--trajectory')
+def denoising(runs: Sequence[Run]) -> str:
+  """The way from noise to samples behind a slider; of one run also as a film."""
+  alone, bare = len(runs) == 1, [run for run in runs if not gallery.found(run, 'strip.png')]
+  films = [svg.picture(path, 'the same as a film', f'Samples of {run.label} on their way, as a film', 320)
+           for run in runs * alone for path in gallery.found(run, 'trajectory.gif')]
+  return (gallery.denoising(runs, math.inf if alone else gallery.DENOISING)
+          + f'<div class="pictures">{"".join(films)}</div>' * bool(films)
+          + notes(bare, 'No trajectory yet', 'sample', '--trajectory'))
 
 
 def evaluation(runs: Sequence[Run]) -> str:
   """All values of all runs."""
-  return quality.table(runs) + ''.join(note(run, 'Not evaluated yet', 'evaluate') for run in runs if not run.evals)
+  return quality.table(runs) + notes([run for run in runs if not run.evals], 'Not evaluated yet', 'evaluate')
 
 
-def memorisation(run: Run) -> str:
-  """What the audit found, over samples beside the training images that are nearest to them; '' without an audit."""
+def memorisation(run: Run, most: float = math.inf) -> str:
+  """What the audit found, over samples beside the training images that are nearest to them; '' without an audit.
+
+  A picture of more than `most` bytes is named and not shown.
+  """
   verdicts = ''
   for row in records.evaluations(run):
     found = {key.metric: record for key, record in row.items() if records.kind(key.metric) == 'memorisation'}
@@ -92,9 +118,11 @@ def memorisation(run: Run) -> str:
     facts = {text(metric): quality.value(record) + verdict(record) for metric, record in found.items()}
     verdicts += f'<p class="note">{", ".join([main, *rest])}</p>{svg.facts(facts)}' * bool(found)
   alt = f'Samples of {run.label} beside the training images that are nearest to them'
-  pictures = ''.join(svg.picture(path, f'eval/{path.parent.name}', alt, 960)
-                     for path in sorted(run.folder.glob('eval/*/audit.png')))
-  return verdicts + f'<div class="pictures">{pictures}</div>' * bool(pictures)
+  paths = sorted(run.folder.glob('eval/*/audit.png'))
+  large = [path for path in paths if path.stat().st_size > most]
+  pictures = ''.join(svg.picture(path, f'eval/{path.parent.name}', alt, 960) for path in paths if path not in large)
+  named = ''.join(f'<p class="note">Too large for this page: <code>{text(str(path))}</code></p>' for path in large)
+  return verdicts + f'<div class="pictures">{pictures}</div>' * bool(pictures) + named
 
 
 def verdict(record: dict) -> str:
@@ -140,43 +168,23 @@ def bars(counts: dict[str, float]) -> str:
 
 
 def training(runs: Sequence[Run]) -> str:
-  """The loss as training went on, and where on the noise path it is now."""
-  losses, bins = [], []
-  for run in runs:
-    points = [(number(line.get('images')), number(line.get('loss'))) for line in run.metrics]
-    points, band = svg.thinned([point for point in points if point[0] is not None])
-    losses.append(svg.Series(run.label, points, run.colour, band=band))
-    bins.append(svg.Series(run.label, loss_by_logsnr(run), run.colour))
-  missing = (note(run, 'Not trained yet', 'train', '--config=CONFIG.py') for run in runs if not run.metrics)
-  return svg.pair(svg.chart('Loss', 'images seen', losses, log=True),
-                  svg.chart('Loss by logsnr', 'logsnr, from noise to data', bins, log=True)) + ''.join(missing)
-
-
-def loss_by_logsnr(run: Run) -> list:
-  """The outline of the newest histogram of losses; an empty bin is a gap."""
-  for line in reversed(run.metrics):
-    edges, values = numbers(line.get('logsnr_bins')), numbers(line.get('loss_by_logsnr'))
-    if len(edges) == len(values) + 1 and any(value is not None for value in values):
-      return [(edge, value) for i, value in enumerate(values) for edge in edges[i:i + 2]]
-  return []
+  """The loss as training went on, where on the noise path it is now, and where training was spent."""
+  return curves.training(runs) + notes([run for run in runs if not run.metrics], 'Not trained yet', 'train',
+                                       '--config=CONFIG.py')
 
 
 def schedule(runs: Sequence[Run]) -> str:
   """alpha and sigma, and logsnr, against t."""
-  scales, logsnrs = [], []
-  for run in runs:
-    alpha, sigma, logsnr = (list(zip(numbers(run.schedule.get('t')), numbers(run.schedule.get(key)), strict=False))
-                            for key in ('alpha', 'sigma', 'logsnr'))
-    if len(runs) == 1:
-      scales += [svg.Series('alpha', alpha, 0), svg.Series('sigma', sigma, 1)]
-    else:  # a colour is a run, so that sigma is told by its dashes
-      scales.append(svg.Series(f'{run.label}, alpha', alpha, run.colour))
-      scales.append(svg.Series(f'{run.label}, sigma', sigma, run.colour, dashed=True))
-    logsnrs.append(svg.Series(run.label, logsnr, run.colour))
-  log = any(y is not None and y > 10 for s in scales for _, y in s.points)  # a ve path needs decades
-  missing = (note(run, 'No schedule yet', 'train', '--config=CONFIG.py') for run in runs if not run.schedule)
-  return svg.pair(svg.chart('alpha and sigma', 't, from data to noise', scales, log),
-                  svg.chart('logsnr', 't, from data to noise', logsnrs)) + ''.join(missing)
+  return curves.schedule(runs) + notes([run for run in runs if not run.schedule], 'No schedule yet', 'train',
+                                       '--config=CONFIG.py')
+
+
+def configs(runs: Sequence[Run]) -> str:
+  """What the configs differ in, and the config of each name in full."""
+  firsts = [members[0] for members in records.groups_of(runs).values()]
+  if len(firsts) == 1:
+    return svg.listing(firsts[0].config)
+  return comparison.differences(runs) + each(firsts, lambda run: svg.listing(run.config))
 
 
 def provenance(run: Run) -> str:
@@ -201,24 +209,34 @@ def provenance(run: Run) -> str:
 
 def page(runs: Sequence[Run]) -> str:
   """The whole page."""
+  compared = comparison.choose(runs) if len(runs) > 1 else None
+  verdict = comparison.judged(compared)
   sections = {
-    'Samples': each(runs, samples),
+    'Verdict': comparison.over_names(compared, verdict),
+    'Samples': samples(runs),
     'Evaluation': evaluation(runs),
+    'Quality while training': comparison.while_training(runs, compared or comparison.choose(runs)),
     'Quality against cost': tradeoff.against_cost(runs),
     'Likelihood': quality.likelihood(runs),
-    'Memorisation': each(runs, memorisation),
+    'Memorisation': each(runs, lambda run: memorisation(run, AUDITS / (len(runs) - 1) if len(runs) > 1 else math.inf)),
     'Training': training(runs),
-    'Denoising': each(runs, denoising),
+    'Denoising': denoising(runs),
     'Schedule': schedule(runs),
     'Data': each(runs, data),
-    'Config': each(runs, lambda run: svg.listing(run.config)),
+    'Config': configs(runs),
     'Provenance': each(runs, provenance),
   }
   parts = {title.lower().replace(' ', '-'): (title, body) for title, body in sections.items() if body}
   label = lambda run: f'{name(run)}: ' * (len(runs) > 1)
-  return string.Template(TEMPLATE.read_text('utf-8')).substitute(
+  lines = ''.join(f'<p class="lede">{label(run)}{summary(run)}</p>' for run in runs)
+  if len(runs) > MOST_LINES:
+    lines = f'<details><summary>Each of the {len(runs)} runs in a sentence</summary>{lines}</details>'
+  template = TEMPLATE.read_text('utf-8')
+  script = re.search('<script>(.*)</script>', template, re.DOTALL)[1].replace('$$', '$')
+  return string.Template(template).substitute(
     title=text(runs[0].label if len(runs) == 1 else f'{len(runs)} runs compared'),
-    summary=''.join(f'<p class="lede">{label(run)}{summary(run)}</p>' for run in runs),
+    summary=comparison.headline(compared, verdict) + lines,
+    script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
     links=''.join(f'<a href="#{key}">{title}</a>' for key, (title, _) in parts.items()),
     body=''.join(f'<section id="{key}"><h2>{title}</h2>{body}</section>' for key, (title, body) in parts.items()),
     folders=', '.join(f'<code>{text(str(run.folder))}</code>' for run in runs))

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 NOTHING = '&ndash;'  # where a number is missing
+MOST_DOTS = 600  # of a chart that say their values
 
 
 # Numbers and words
@@ -76,6 +77,17 @@ def interval(record: dict) -> list[str]:
   ends = numbers(record.get('ci'))
   known = len(ends) == 2 and None not in ends
   return [quantity(str(record.get('metric')), end, record.get('value')) for end in ends] if known else []
+
+
+def ends_of(record: dict) -> list[float]:
+  """Both ends of an interval as numbers, rising; [] where there is none."""
+  ends = [end for end in numbers(record.get('ci')) if end is not None]
+  return sorted(ends) if len(ends) == 2 else []
+
+
+def plain(words: str) -> str:
+  """Words that a terminal shows and does not obey."""
+  return ''.join(c if c.isprintable() else '?' for c in words)
 
 
 def confidence(record: dict) -> str:
@@ -143,24 +155,27 @@ def outline(points: Sequence, x: Callable, y: Callable) -> str:
 
 
 def chart(title: str, x_label: str, series: Sequence[Series], log: bool = False, log_x: bool = False,
-          ring: str = '') -> str:
+          ring: str = '', dots: bool = False) -> str:
   """A line chart, '' where there is nothing to draw; `ring` says in the legend what is ringed.
 
-  `log` and `log_x` ask for log scales, given where all values allow it.
+  `log` and `log_x` ask for log scales, given where all values allow it; `dots` draws the points, as intervals do.
   """
   several, series = len(series) > 1, [s for s in series if any(None not in point for point in s.points)]
   if not series:
     return ''
   xs = [x for s in series for x, _ in s.points if x is not None]
   ys = [y for s in series for point in (*s.points, *s.band, *s.bars) for y in point[1:] if y is not None]
-  log, log_x, measured = log and min(ys) > 1e-100, log_x and min(xs) > 1e-100, any(s.bars or s.ring for s in series)
+  log, log_x = log and min(ys) > 1e-100, log_x and min(xs) > 1e-100
+  measured = dots or any(s.bars or s.ring for s in series)
   (x, x_ticks), (y, y_ticks) = axis(xs, 44, 408, log_x, margin=.04 * measured), axis(ys, 214, 8, log, margin=.05)
   parts = [f'<text class="x" x="226" y="252">{text(x_label)}</text>']
   parts += [f'<text class="x" x="{x(tick):.1f}" y="231">{tick_label(tick)}</text>' for tick in x_ticks]
   parts += [f'<path class="rule" d="M44,{y(tick):.1f}H408"/>'
             f'<text class="y" x="38" y="{y(tick) + 4:.1f}">{tick_label(tick)}</text>' for tick in y_ticks]
+  every = sum(len(s.points) for s in series) // MOST_DOTS + 1
   for s in series:
-    colour = f'c{s.colour % 8}'
+    colour = coloured(s.colour)
+    parts.append('<g>')
     for gap, edges in groupby(s.band, key=lambda edge: None in edge):
       edges = list(edges)
       around = [(at, high) for at, _, high in edges] + [(at, low) for at, low, _ in reversed(edges)]
@@ -173,7 +188,9 @@ def chart(title: str, x_label: str, series: Sequence[Series], log: bool = False,
       parts.append(f'<circle class="ring {colour}" cx="{x(s.ring[0]):.1f}" cy="{y(s.ring[1]):.1f}" r="8"/>')
     parts += [f'<circle class="{"dot " * measured}{colour}" cx="{x(at):.1f}" cy="{y(value):.1f}" r="3">'
               f'<title>{text(s.label)}: {shown(value)} at {shown(at)}</title></circle>'
-              for at, value in s.points[::len(s.points) // 80 + 1] if at is not None and value is not None]
+              for at, value in s.points[::1 if measured else max(len(s.points) // 80 + 1, every)]
+              if at is not None and value is not None]
+    parts.append('</g>')
   legend = ''.join(f'<li>{swatch(s.colour, s.dashed)}{text(s.label)}</li>' for s in series) * several
   if any(s.ring for s in series):
     legend += f'<li><span class="ringed"></span>{text(ring)}</li>'
@@ -196,7 +213,32 @@ def facts(rows: dict[str, str]) -> str:
 
 def swatch(colour: int, dashed: bool = False) -> str:
   """The sign of a curve in legends and headings."""
-  return f'<span class="swatch c{colour % 8}{" dashed" * dashed}"></span>'
+  return f'<span class="swatch {coloured(colour)}{" dashed" * dashed}"></span>'
+
+
+def coloured(colour: int) -> str:
+  """The classes of a colour: eight hues, then the same ones dotted."""
+  return f'c{colour % 8}{" dotted" * (colour // 8 % 2)}'
+
+
+def together(curves: Sequence[list]) -> tuple[list, list]:
+  """(points, band): the mean of curves where all of them are, over the band from their least to their greatest.
+
+  Of one curve the curve itself, without a band.
+  """
+  if len(curves) < 2:
+    return curves[0] if curves else [], []
+  xs = [x for x, _ in curves[0]]
+  if any([x for x, _ in curve] != xs for curve in curves):
+    found = [dict(curve) for curve in curves]
+    xs = [x for x in found[0] if all(x in curve for curve in found)]
+    curves = [[(x, curve[x]) for x in xs] for curve in found]
+  points, band = [], []
+  for x, ys in zip(xs, zip(*([y for _, y in curve] for curve in curves), strict=True), strict=True):
+    gap = None in ys
+    points.append((x, None if gap else sum(ys) / len(ys)))
+    band.append((x, None, None) if gap else (x, min(ys), max(ys)))
+  return points, band
 
 
 def thinned(points: list, most: int = 200) -> tuple[list, list]:
@@ -213,9 +255,12 @@ def thinned(points: list, most: int = 200) -> tuple[list, list]:
 
 # Pictures and nested records
 
-def picture(path: Path, caption: str, alt: str, width: int) -> str:
-  """An image inside the page, enlarged by a whole factor up to `width`: small digits keep square pixels."""
-  data = path.read_bytes()
+def picture(path: Path, caption: str, alt: str, width: int, data: bytes | None = None) -> str:
+  """An image inside the page, enlarged by a whole factor up to `width`: small digits keep square pixels.
+
+  `data` is what is shown of the file, where that is not all of it.
+  """
+  data = path.read_bytes() if data is None else data
   if data[:8] == b'\x89PNG\r\n\x1a\n' and len(data) > 24:
     kind, (w, h) = 'png', struct.unpack('>II', data[16:24])
   elif data[:4] == b'GIF8' and len(data) > 10:

@@ -84,11 +84,27 @@ def knee(points: Sequence[Point], better: str) -> tuple[Point, Point]:
   return best, min([best, *(p for p in points if overlap(p, best))], key=lambda p: p.x)
 
 
+def over_seeds(found: Sequence[Sweep]) -> list[list[Sweep]]:
+  """The sweeps of one run by several seeds together, others alone."""
+  sets = {}
+  for s in found:
+    settings = {key: value for key, value in s.settings.items() if key != 'params_hash'}
+    sets.setdefault((s.run.group, s.column, tuple(map(records.exactly, settings.values()))), []).append(s)
+  distinct = lambda part: len({s.run.index for s in part}) == len(part)
+  return [part for same in sets.values() for part in ([same] if distinct(same) else [[s] for s in same])]
+
+
 def curves(found: Sequence[Sweep], place=lambda p: p.x, ring: bool = True) -> list[svg.Series]:
-  """The sweeps as curves, each of a colour of its own, against `place` of their points."""
+  """The sweeps as curves, each of a colour of its own, against `place` of their points; seeds as mean and band."""
   made = []
-  one_each = len({s.run.folder for s in found}) == len(found)
-  for i, s in enumerate(found):
+  sets = over_seeds(found)
+  one_each = len({part[0].run.group for part in sets}) == len(sets)
+  for i, (s, *others) in enumerate(sets):
+    if others:
+      at = together([s, *others], place)
+      made.append(svg.Series(label(s, found, 1 + len(others)), [(x, sum(ys) / len(ys)) for x, ys in at],
+                             s.run.colour if one_each else i, band=[(x, min(ys), max(ys)) for x, ys in at]))
+      continue
     points = sorted((p._replace(x=place(p)) for p in s.points if place(p) is not None), key=lambda p: p.x)
     better = records.better(s.column.metric)
     enough = knee(points, better)[1] if points and better and ring else None
@@ -99,9 +115,17 @@ def curves(found: Sequence[Sweep], place=lambda p: p.x, ring: bool = True) -> li
   return made
 
 
-def label(sweep: Sweep, among: Sequence[Sweep]) -> str:
+def together(sweeps: Sequence[Sweep], place) -> list[tuple[float, list[float]]]:
+  """Where on the axis the seeds are on average, and their values there, at the settings that all of them have."""
+  points = [{p.x: p for p in s.points if place(p) is not None} for s in sweeps]
+  shared = [[of_seed[x] for of_seed in points] for x in points[0] if all(x in of_seed for of_seed in points)]
+  return sorted((sum(map(place, row)) / len(row), [p.value for p in row]) for row in shared)
+
+
+def label(sweep: Sweep, among: Sequence[Sweep], seeds: int = 1) -> str:
   """What tells a curve from the others."""
   parts = [sweep.run.label] if len({s.run.folder for s in among}) > 1 else []
+  parts = [sweep.run.group, f'mean of {seeds} seeds'] if seeds > 1 else parts
   for key, value in sweep.settings.items():
     if key not in ('step', 'params_hash') and value is not None and any(s.settings.get(key) != value for s in among):
       before = {'sampler': '', 'ema': 'EMA '}.get(key, f'{key} ')
@@ -118,7 +142,7 @@ def wide(values: Iterable[float | None], factor: float) -> bool:
 def chart(title: str, x_label: str, series: Sequence[svg.Series]) -> str:
   """A chart of measured points on axes that suit them."""
   return svg.chart(title, x_label, series, wide((y for s in series for _, y in s.points), 10),
-                   wide((x for s in series for x, _ in s.points), 8), RING)
+                   wide((x for s in series for x, _ in s.points), 8), RING, dots=True)
 
 
 COSTS = {  # metric: how it is said, and what becomes of its value
@@ -168,7 +192,8 @@ def by_cost(found: Sequence[Sweep]) -> tuple[list[str], list[str]]:
         return number(convert(known[id(p.record)]['value'])) if id(p.record) in known else None
       if any(sum(place(p) is not None for p in s.points) > 1 for s in found):
         figures.append(chart(' '.join([metric, 'against', word, *terms]), unit, curves(found, place)))
-  return figures, [sentence for s in found if (sentence := knee_in_words(s, found))]
+  return figures, [
+    sentence for part in over_seeds(found) if len(part) == 1 and (sentence := knee_in_words(part[0], found))]
 
 
 def costs_of(run: Run, record: dict, metric: str) -> dict[Column, dict]:

@@ -108,3 +108,16 @@ def test_numbers_read_well(value, words):
   ('x_bytes', 3 * 2**29, '1.5 GiB'), ('x_bytes', 2**62, '4.194e+06 TiB'), ('x_bytes', None, svg.NOTHING)])
 def test_units_follow_the_name_of_the_metric(metric, value, words):
   assert svg.quantity(metric, value) == words
+
+
+def test_curves_together_are_their_mean_between_their_least_and_greatest():
+  a, b, c = [(0, 1.), (1, 4.), (2, None)], [(0, 3.), (1, 5.), (2, 1.)], [(1, 9.), (0, 2.), (5, 7.)]
+  assert svg.together([]) == ([], []) and svg.together([a]) == (a, [])
+  points, band = svg.together([a, b])
+  assert points == [(0, 2.), (1, 4.5), (2, None)] and band == [(0, 1., 3.), (1, 4., 5.), (2, None, None)]
+  points, band = svg.together([a, b, c])  # what one of them lacks is left out, whatever the order
+  assert points == [(0, 2.), (1, 6.)] and band == [(0, 1., 3.), (1, 4., 9.)]
+
+
+def test_sixteen_colours_are_told_apart():
+  assert len({svg.coloured(i) for i in range(16)}) == 16

@@ -171,7 +171,7 @@ def test_odd_values_neither_break_the_page_nor_get_on_it(tmp_path, key, odd):
   lines = [line for n in (5, 10, 20) for line in (
     quality(n, 9., guidance=n), quality(n, 9.), *(cost(metric, n, 9., guidance=n) for metric in tradeoff.COSTS))]
   tame = {'p', 'ul', 'li', 'div', 'figure', 'figcaption', 'small', 'svg', 'text', 'path', 'circle', 'title', 'span',
-          'strong'}
+          'strong', 'g'}
   changed = [{**line, key: odd} for line in lines]
   page = drawn(tmp_path / 'odd', lines + changed, changed)
   assert {tag for tag, _ in page.tags} <= tame
