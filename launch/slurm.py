@@ -42,6 +42,7 @@ class Options:
 
 OPTIONS = Options
 
+SETUP = '{{ {line}\n}} || {{ echo "setup ended with status $?"; exit 1; }}'
 # 75 and the like mean that the same command continues. The warning before the time limit reaches the steps alone: if
 # the shell itself has been told to end, somebody does not want the job any more. scontrol ends this script: it waits.
 END = '''\
@@ -77,7 +78,7 @@ def render(jobs: Sequence[Job], options: Options, name: str = 'diffusion-jax') -
     script += [f'{index})', f'  workdir={shlex.quote(job_lib.local_folder(job))}', f'  job=({shlex.join(job.argv)})',
                *(f'  export {key}={shlex.quote(value)}' for key, value in job.env.items()), '  ;;']
   script += ['esac', 'mkdir -p -- "$workdir" && exec >>"$workdir/log.txt" 2>&1', 'export PYTHONUNBUFFERED=1',
-             *options.setup, "cancelled=; trap 'cancelled=1' TERM"]
+             *(SETUP.format(line=line) for line in options.setup), "cancelled=; trap 'cancelled=1' TERM"]
   srun = f'srun --kill-on-bad-exit=1{f" --cpus-per-task={options.cpus}" if options.cpus else ""}'
   if options.nodes * options.processes > 1:
     script += [
@@ -124,8 +125,8 @@ def submit(jobs: Sequence[Job], options: Options, folder: str) -> list[str]:
       if job not in missing:
         print(f'{job.name} is in the queue already, as {where[os.path.abspath(job.workdir)]}', file=sys.stderr)
     if missing:
-      number = len(submissions)
-      name = f'{job_lib.identifier(os.path.basename(os.path.abspath(folder)), os.path.abspath(folder))}-{number}'
+      number, place = len(submissions), os.path.abspath(folder)
+      name = f'{job_lib.identifier(" ".join(place.split(os.sep)[-2:]), place)}-{number}'
       script, workdirs = render(missing, options, name), [os.path.abspath(job.workdir) for job in missing]
       path = os.path.join(folder, f'slurm-{number}')
       job_lib.write(f'{path}.sh', script)

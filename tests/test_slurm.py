@@ -89,6 +89,12 @@ def test_each_task_runs_its_own_job_with_every_word_as_it_is(fakes, tmp_path, no
   assert not (tmp_path / 'pwned').exists() and not os.path.exists('pwned')
 
 
+def test_a_setup_that_fails_ends_the_task(fakes, tmp_path):
+  job = Job('j', ('touch', str(tmp_path / 'ran')), str(tmp_path))
+  assert bash(slurm.render([job], slurm.Options(setup=('true', 'false')))).returncode == 1
+  assert (tmp_path / 'log.txt').read_text() == 'setup ended with status 1\n' and not (tmp_path / 'ran').exists()
+
+
 def test_the_processes_of_several_nodes_know_their_place(fakes, tmp_path):
   code = ('import os;print(*(os.environ["DIFFUSION_JAX_" + k] for k in ("COORDINATOR","PROCESS_ID","NUM_PROCESSES")))')
   text = slurm.render([Job('j', (sys.executable, '-c', code), str(tmp_path))], slurm.Options(nodes=2, processes=3))
