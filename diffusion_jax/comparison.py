@@ -3,6 +3,7 @@
 With the standard library alone, like `report`. Only like values are compared (see `records`): of one metric whose
 terms agree, and of samples that were made alike where the runs have such samples. What is left out is said by name.
 """
+import statistics
 from collections.abc import Iterable, Sequence
 from html import escape as text
 from typing import NamedTuple
@@ -29,10 +30,10 @@ class Compared(NamedTuple):
 # Which values are compared
 
 def last_scores(run: Run) -> list[dict]:
-  """The records of scores at the last step that has any, oldest first."""
+  """The records of scores at the last step that has any, oldest first; of a run that diverged without a number."""
   rows = records.evaluations(run)
-  known = [record for row in rows for key, record in row.items()
-           if records.better(key.metric) and number(record.get('value')) is not None]
+  known = [record for row in rows for key, record in row.items() if records.better(key.metric)
+           and (record.get('value') is None or isinstance(record['value'], int | float))]
   last = known[-1].get('step') if known else None
   return [record for record in known if record.get('step') == last]
 
@@ -87,7 +88,7 @@ def judged(compared: Compared | None) -> Verdict | None:
   """The verdict over the names that have values; None where those are fewer than two."""
   if compared is None or len(by_name(compared)) < 2:
     return None
-  values = {name: {run.index if run.seed is None else run.seed: record['value'] for run, record in members}
+  values = {name: {run.index if run.seed is None else run.seed: number(record.get('value')) for run, record in members}
             for name, members in by_name(compared).items()}
   return judge(values, lower=records.better(compared.column.metric) == records.LOWER)
 
@@ -129,11 +130,11 @@ def over_names(compared: Compared | None, found: Verdict | None) -> str:
   metric, names = compared.column.metric, by_name(compared)
   rows = ''
   for name, members in names.items():
-    values = [record['value'] for _, record in members]
-    mean = sum(values) / len(values)
-    error = (sum((v - mean) ** 2 for v in values) / (len(values) - 1) / len(values)) ** .5 if len(values) > 1 else None
+    values = [v for _, record in members if (v := number(record.get('value'))) is not None]
+    mean = statistics.fmean(values) if values else None
+    error = statistics.stdev(values) / len(values) ** .5 if len(values) > 1 else None
     spread = f' ± {quantity(metric, error, mean)}' if error is not None else ''
-    each = ', '.join(linked(run, record, quantity(metric, record['value'])) for run, record in members)
+    each = ', '.join(linked(run, record, quantity(metric, record.get('value'))) for run, record in members)
     sign = ''
     if found and name in found.group:
       sign = f'<small>{"best" if name == found.best else "not separable from the best"}</small>'
@@ -144,7 +145,7 @@ def over_names(compared: Compared | None, found: Verdict | None) -> str:
     cells = ''.join(f'<td{sort_by(low(of))}>{spans(of)}</td>' for of in (images, calls))
     rows += (f'<tr><th scope="row">{svg.swatch(members[0][0].colour)}{text(name)}{sign}</th>'
              f'<td{sort_by(mean)}>{quantity(metric, mean)}{spread}</td>'
-             f'<td{sort_by(len(values))}>{len(values)}</td><td{sort_by(min(values))}>{each}</td>{cells}'
+             f'<td{sort_by(len(values))}>{len(values)}</td><td{sort_by(low(values))}>{each}</td>{cells}'
              f'<td{sort_by(time)}>{duration(time)}</td></tr>')
   word = records.better(metric)
   heads = ('name', f'{text(metric).replace("_", "_<wbr>")}<small>{word}; mean ± s.e. over seeds</small>', 'seeds',

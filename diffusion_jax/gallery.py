@@ -9,6 +9,7 @@ import zlib
 from collections.abc import Sequence
 from html import escape as text
 from pathlib import Path
+from typing import NamedTuple
 
 from diffusion_jax import records, svg
 from diffusion_jax.records import Run
@@ -137,25 +138,37 @@ def samples(runs: Sequence[Run]) -> str:
           + left_out(pictures, kept))
 
 
-def columns(run: Run, data: bytes) -> tuple[int, float] | None:
-  """Levels in a strip, and the share of its width from one to the next; None where that is not known."""
+class Layout(NamedTuple):
+  """Of a strip: how many levels and rows of images, and the share of its width and height from one to the next."""
+  levels: int
+  step: float
+  rows: int
+  row: float
+
+
+def layout(run: Run, data: bytes) -> Layout | None:
+  """Where the images of a strip are; None where that is not known."""
   if not cell(run) or not size(data):
     return None
-  (_, step, line), (width, _) = cell(run), size(data)
-  count, rest = divmod(width + line, step)  # the last one has no line
-  return (count, step / width) if count > 1 and not rest else None
+  (high, wide, line), (width, height) = cell(run), size(data)
+  levels, rest = divmod(width + line, wide)  # the last one has no line
+  return Layout(levels, wide / width, (height + line) // high, high / height) if levels > 1 and not rest else None
 
 
 def denoising(runs: Sequence[Run], share: float = DENOISING) -> str:
-  """The levels from noise to data of each run, all moved by one slider; whole strips to scroll without a script."""
+  """The levels from noise to data of each run, all moved by one slider; whole strips to scroll without a script.
+
+  Rows of a strip are in pairs, one for each image: the state, and below it what the network takes it for.
+  """
   pictures = [(run, path) for run in abreast(runs) for path in found(run, 'strip.png')[:1]]
   kept, _ = fitting(pictures, share, 2)
   figures = ''
   for run, path, data in kept:
     picture = svg.picture(path, run.label, f'Samples of {run.label} on their way from noise to data', 960, data)
-    at = columns(run, data)
-    told = f' data-levels="{at[0]}" data-step="{100 * at[1]:.4f}"' if at else ''
+    at = layout(run, data)
+    told = f' data-levels="{at.levels}" data-step="{100 * at.step:.4f}" data-rows="{at.rows}"' if at else ''
+    told += f' data-row="{100 * at.row:.4f}"' if at else ''
     figures += f'<div class="strip"{told} tabindex="0">{picture}</div>'
-  said = '<p class="note">Odd rows: the state; even rows: what the network takes it for. From noise, left, to data.</p>'
+  said = '<p class="note">Of each image the state, and below it what the network takes it for.</p>'
   return (f'{said}<div class="strips" role="group" aria-label="Denoising">{figures}</div>' * bool(kept)
           + left_out(pictures, kept))

@@ -84,7 +84,8 @@ def behind(rows: Sequence[tuple[Run, Row]]) -> str:
       own = {name: value for name, value in record.items() if name not in shared}
       parts += (f'<li id="{records.anchor(run, record)}" tabindex="-1"><b>{text(key.metric)}</b>'
                 f'<code>{as_json(own)}</code></li>')
-    title = f'{i + 1}. {text(run.label)}, {how(first)[0]}'
+    main, rest = how(first)
+    title = ', '.join([f'{i + 1}. {text(run.label)}', main, *rest])
     lines += f'<li><details><summary>{title}</summary><ul class="listing">{parts}</ul></details></li>'
   return ('<details class="records"><summary>All records, with hashes and versions</summary>'
           f'<ul class="listing">{lines}</ul></details>')

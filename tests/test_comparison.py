@@ -133,6 +133,16 @@ def test_there_is_no_verdict_on_one_name_or_on_one_seed_each(tmp_path):
   assert nothing is None and comparison.over_names(None, None) == '' and comparison.while_training([], None) == ''
 
 
+@pytest.mark.parametrize('value', [None, float('nan'), float('inf')])
+def test_a_run_that_diverged_is_not_averaged_away(tmp_path, value):
+  runs = made(tmp_path, {'a': (1., 2., value), 'b': (5., 6.1, 7.)})
+  compared = comparison.choose(runs)
+  found = comparison.judged(compared)
+  assert 'Without finite values' in found.text and 'a (seeds 2)' in found.text
+  assert 'a best 1.50 ± 0.50 2 1.00 , 2.00 , \N{EN DASH}' in words(comparison.over_names(compared, found))
+  Page(report.page(runs))
+
+
 # Curves over seeds
 
 def numbers_of(path):

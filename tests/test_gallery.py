@@ -75,16 +75,18 @@ def test_every_run_shows_the_same_rows_and_together_they_fit(tmp_path):
 def test_the_levels_of_a_strip_are_where_sampling_puts_them(tmp_path, shape, levels):
   picture = sample.png(sample.tile(np.zeros((4 * levels, *shape), np.uint8), levels))
   run, = runs_with(tmp_path, 1, list(shape), 'strip.png', lambda i: picture)
-  count, step = gallery.columns(run, picture)
-  width = gallery.size(picture)[0]
-  assert count == levels and step * width == (shape[1] + 1) * max(1, 32 // max(shape[:2]))
+  at, (width, height) = gallery.layout(run, picture), gallery.size(picture)
+  scale = max(1, 32 // max(shape[:2]))
+  assert (at.levels, at.rows) == (levels, 4)
+  assert (at.step * width, at.row * height) == ((shape[1] + 1) * scale, (shape[0] + 1) * scale)
+  assert gallery.layout(run, gallery.top(picture, 2 * (shape[0] + 1) * scale)).rows == 2
   assert f'data-levels="{levels}"' in gallery.denoising([run])
 
 
 @pytest.mark.parametrize('shape', [None, 3, [8], [8, 8, 'x'], [0, 0, 0], [9, 9, 1], [10**9, 8, 3]])
 def test_a_strip_of_unknown_levels_is_shown_whole(tmp_path, shape):
   run, = runs_with(tmp_path, 1, shape, 'strip.png', lambda i: png(5 * 36 - 4, 68))
-  assert gallery.columns(run, png(5 * 36 - 4, 68)) is None
+  assert gallery.layout(run, png(5 * 36 - 4, 68)) is None
   source = gallery.denoising([run])
   assert '<img' in source and 'data-levels' not in source
 

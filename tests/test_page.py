@@ -195,15 +195,30 @@ def test_samples_are_flipped_through(browser, page):
 
 def test_the_slider_moves_every_strip(browser, page):
   browser.open(page)
-  offset = ("[...document.querySelectorAll('.strip img')].map(image => Math.round(image.parentNode"
-            '.getBoundingClientRect().left - image.getBoundingClientRect().left))')
+  offset = ("[...document.querySelectorAll('.strip img')].map(image => image.parentNode.getBoundingClientRect().%s"
+            ' - image.getBoundingClientRect().%s)')
   width = browser.ask("document.querySelector('.strip img').getBoundingClientRect().width")
   step = 36 * width / (5 * 36 - 4)
-  assert browser.ask(offset) == pytest.approx([4 * step] * 9, abs=1)
+  assert browser.ask(offset % ('top', 'top')) == pytest.approx([0, 2 * step] * 9, abs=1)  # two images of two rows each
+  offset %= 'left', 'left'
+  assert browser.ask(offset) == pytest.approx([4 * step] * 18, abs=1)
   browser.ask("document.querySelector('input[type=range]').focus()")
   for level in (3, 2, 1, 0, 0):
     browser.key('ArrowLeft')
-    assert browser.ask(offset) == pytest.approx([level * step] * 9, abs=1)
+    assert browser.ask(offset) == pytest.approx([level * step] * 18, abs=1)
+
+
+def test_a_legend_dims_all_curves_but_its_own(browser, page):
+  browser.open(page)
+  dim = ("[...document.querySelectorAll('#schedule .card:last-child g')].map(g => +getComputedStyle(g).opacity)")
+  browser.ask("document.head.append(Object.assign(document.createElement('style'), {textContent: '* {transition: none "
+              "!important}'}))")
+  assert browser.ask(dim) == [1, 1, 1]
+  browser.ask("document.querySelectorAll('#schedule .card:last-child .legend li')[1].focus()")
+  browser.key('Enter')
+  assert [opacity < 1 for opacity in browser.ask(dim)] == [True, False, True]
+  browser.key('Enter')
+  assert browser.ask(dim) == [1, 1, 1]
 
 
 def test_a_number_leads_to_its_record(browser, page):
