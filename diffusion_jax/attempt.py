@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from diffusion_jax import points, records
+from diffusion_jax import points, progress, records
 from diffusion_jax.points import Point
 from diffusion_jax.runtime import config as config_lib
 from diffusion_jax.runtime.config import UserError, nearest
@@ -33,12 +33,12 @@ def point(flags: argparse.Namespace) -> int:
     raise UserError('a point of a sweep runs in one process: launch it with one process on one node')
   from diffusion_jax.runtime import log
   one, evaluate = claim(flags)
-  with points.locked(one.folder) as lock:
-    now = points.state(one, evaluate)
+  with progress.locked(one.folder) as lock:
+    now = progress.state(one, evaluate)
     if lock is None:
       print(f'{one.name} is running already: {now.note}')
       return 0
-    if points.finished(one.folder, evaluate):
+    if progress.finished(one.folder, evaluate):
       print(f'{one.name} is finished: {one.folder}')
       return 0
     if now.cancelled:

@@ -14,9 +14,10 @@ import statistics
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from diffusion_jax import points, records
+from diffusion_jax import points, progress, records
 from diffusion_jax.compare import plain
-from diffusion_jax.points import FINISHED, Plan, Point
+from diffusion_jax.points import Plan, Point
+from diffusion_jax.progress import FINISHED
 from diffusion_jax.records import Row, Run
 from diffusion_jax.runtime.config import UserError
 from diffusion_jax.svg import number, quantity, setting
@@ -58,7 +59,7 @@ def error(values: Sequence[float]) -> float | None:
   return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
 
 
-def why_missing(point: Point, now: points.State) -> str:
+def why_missing(point: Point, now: progress.State) -> str:
   """Why a point cannot be counted; '' where it can."""
   if now.state != FINISHED:
     return f'{now.state}{f": {now.note}" * bool(now.note)}'
@@ -101,7 +102,7 @@ def lines_of(plan: Plan, chosen: Sequence[Point], ema: str | None, metrics: Sequ
   for run, seeds in planned.items():
     groups = {}
     for point in seeds:
-      why = why_missing(point, points.state(point, plan.evaluate))
+      why = why_missing(point, progress.state(point, plan.evaluate))
       rows = {} if why else evaluations(point, ema, metrics)
       if not rows:
         has = f'no {", ".join(metrics) or "scores"}{f" by {ema}" * bool(ema)} in eval.jsonl'
@@ -193,7 +194,7 @@ def notes(chosen: Sequence[Point], plan: Plan, missing: dict[Point, str]) -> lis
   versions = {}
   for point in chosen:
     if point not in missing:
-      for code in {point.code, *points.state(point, plan.evaluate).codes}:
+      for code in {point.code, *progress.state(point, plan.evaluate).codes}:
         versions.setdefault(code, []).append(point.name)
   if len(versions) > 1:
     said.append('made by several code versions: ' + '; '.join(

@@ -7,9 +7,7 @@ a lock on point.lock, which ends with the process that holds it, however that en
 
 Nothing here imports jax, except where a sweep file is loaded or a record is written.
 """
-import contextlib
 import datetime
-import fcntl
 import fnmatch
 import functools
 import hashlib
@@ -20,8 +18,7 @@ import os
 import pathlib
 import re
 import sys
-import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from diffusion_jax import records
@@ -29,7 +26,6 @@ from diffusion_jax.runtime import config as config_lib
 from diffusion_jax.runtime.config import Config, UserError, nearest
 
 NAME = re.compile(r'[A-Za-z0-9][A-Za-z0-9._=+-]{0,79}')
-WAITING, RUNNING, INTERRUPTED, FAILED, FINISHED = STATES = 'waiting', 'running', 'interrupted', 'failed', 'finished'
 
 
 class Point(NamedTuple):
@@ -83,9 +79,9 @@ def read_sweep(file: str) -> tuple[list[str], list[int], tuple[str, ...] | None]
   for seed in seeds or [None]:
     if type(seed) is not int or seed < 0:
       raise UserError(f'{file!r}: SEEDS must be whole numbers from 0, got {seed!r}')
-  for name, values in ('RUNS', runs), ('SEEDS', seeds):
-    if twice := {value for value in values if values.count(value) > 1}:
-      raise UserError(f'{file!r}: {name} has {min(twice)!r} twice')
+  for name, found in ('RUNS', runs), ('SEEDS', seeds):
+    if twice := [value for value in found if found.count(value) > 1]:
+      raise UserError(f'{file!r}: {name} has {twice[0]!r} twice')
   if evaluate is not None:
     evaluate = _list(evaluate)
     for flag in evaluate:
@@ -129,8 +125,8 @@ def place(root: pathlib.Path, point: Point, made: Mapping[str, list[dict]], agai
 
 def select(points: Sequence[Point], pattern: str | None) -> list[Point]:
   """The points whose name or run matches a shell pattern, all for None; UserError where there is none."""
-  match = lambda point: any(fnmatch.fnmatchcase(name, pattern) for name in (point.name, point.run))
-  found = [point for point in points if pattern is None or match(point)]
+  found = [point for point in points if pattern is None or any(
+      fnmatch.fnmatchcase(name, pattern) for name in (point.name, point.run))]
   if not found:
     raise UserError(f'--only={pattern} matches no point{nearest(pattern, [point.name for point in points])}')
   return found
@@ -186,10 +182,19 @@ def _list(value: Any) -> list:
 # Folders
 
 def root_of(file: str, root: str | None) -> pathlib.Path:
-  """Where the folders of the points are; UserError for a place without locks."""
+  """Where the folders of the points are, of experiments/a/sweep.py runs/a, of experiments/a/b.py runs/a-b.
+
+  UserError for a place without locks, and for one that holds another sweep.
+  """
   if '://' in (root or ''):
     raise UserError(f'--root={root}: points need a file system that has locks; mount it, and give its folder')
-  return pathlib.Path(root or pathlib.Path('runs', pathlib.Path(file).resolve().parent.name))
+  path = pathlib.Path(os.path.abspath(file))
+  stem = '' if path.stem == 'sweep' else f'-{path.stem}'
+  root = pathlib.Path(root or f'runs/{path.parent.name}{stem}')
+  there = records.read_json(root / 'sweep.json').get('sweep')
+  if isinstance(there, str) and pathlib.Path(os.path.abspath(there)).parts[-2:] != path.parts[-2:]:
+    raise UserError(f'{root} holds the sweep {there}, not {file}: give another --root')
+  return root
 
 
 def folders(root: pathlib.Path) -> dict[str, list[dict]]:
@@ -209,8 +214,7 @@ def make(point: Point, sweep: str, evaluate: Sequence[str] | None) -> None:
   about |= {'folder': point.folder.name, 'sweep': sweep, 'evaluate': None if evaluate is None else list(evaluate)}
   old = records.read_json(path)
   if any(old.get(key) != value for key, value in about.items()):
-    # Finer than log.now: the order of two folders made in one second must be known.
-    made = datetime.datetime.now(datetime.UTC).isoformat()
+    made = datetime.datetime.now(datetime.UTC).isoformat()  # finer than log.now: two may be made in one second
     log.write_json(path, {'made': made} | old | about)
 
 
@@ -234,98 +238,3 @@ def load_plan(root: pathlib.Path) -> Plan:
     return Plan(**saved | {'points': tuple(points), 'evaluate': None if evaluate is None else tuple(evaluate)})
   except (OSError, ValueError, KeyError, TypeError) as e:
     raise UserError(f'{path} is not what `run` wrote ({type(e).__name__}: {e}): run the sweep again') from e
-
-
-# The lock
-
-@contextlib.contextmanager
-def locked(folder: pathlib.Path, patience: float = 1.0) -> Iterator[int | None]:
-  """Holds the lock of a folder; gives its file descriptor, None where another process holds it.
-
-  A child that is given the descriptor holds the lock too. Tried for `patience` seconds: who only looks (see `held`)
-  holds it for an instant.
-  """
-  with open(folder / 'point.lock', 'ab') as file:
-    deadline = time.monotonic() + patience
-    while True:
-      try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        break
-      except BlockingIOError:
-        if time.monotonic() > deadline:
-          yield None
-          return
-        time.sleep(0.05)
-    yield file.fileno()
-
-
-def held(folder: pathlib.Path) -> bool:
-  """Whether a process works on the point."""
-  try:
-    with open(folder / 'point.lock', 'rb') as file:
-      fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-  except BlockingIOError:
-    return True
-  except FileNotFoundError:
-    pass
-  return False
-
-
-# How far a point is
-
-class State(NamedTuple):
-  """How far a point is. `last` is the start line of its newest attempt and `end` its end, {} where there is none."""
-  state: str
-  note: str           # why, in words
-  last: dict
-  end: dict
-  cancelled: bool     # and not submitted since
-  codes: tuple[str, ...]  # the code versions that worked on it
-
-
-def finished(folder: pathlib.Path, evaluate: Sequence[str] | None) -> bool:
-  """Whether a point is trained, and evaluated with these flags."""
-  done = records.read_json(folder / 'finished.json')
-  return bool(done) and done.get('evaluate') == (None if evaluate is None else list(evaluate))
-
-
-def state(point: Point, evaluate: Sequence[str] | None) -> State:
-  """The state of a point, from its files and its lock."""
-  running = held(point.folder)
-  lines = records.read_lines(point.folder / 'attempts.jsonl')
-  kinds = [line.get('event') for line in lines]
-  start = len(kinds) - 1 - kinds[::-1].index('start') if 'start' in kinds else None
-  last = lines[start] if start is not None else {}
-  end = next((line for line in lines[start:] if line.get('event') == 'end'), {}) if last else {}
-  running = running or (bool(last) and not end and held(point.folder))  # it may have begun in between
-  cancelled = [kind for kind in kinds if kind in ('submit', 'cancel')][-1:] == ['cancel']
-  make = lambda *words: State(*words, last, end, cancelled,
-                              tuple(sorted({str(line['code']) for line in lines if line.get('code')})))
-  who = f'pid {last.get("pid", "?")} on {last.get("host", "?")}'
-  if running:
-    return make(RUNNING, who)
-  if finished(point.folder, evaluate):
-    return make(FINISHED, '')
-  said = 'cancelled' if cancelled else f'refused: {lines[-1].get("error")}' if kinds[-1:] == ['refused'] else ''
-  if (point.folder / 'finished.json').exists():
-    return make(WAITING, said or 'the flags of its evaluation have changed')
-  if not last:
-    return make(WAITING, said)
-  if not end:
-    return make(INTERRUPTED, said or f'ended without a word ({who})')
-  status, error = end.get('status'), str(end.get('error') or '')
-  from launch import job  # see need_launch
-  again = status == 0 or (type(status) is int and job.retryable(status))
-  said = (said if again else '') or f'status {status}' + f': {error}' * bool(error)
-  return make(INTERRUPTED if again else FAILED, said)
-
-
-def need_launch() -> None:
-  """Makes the launchers importable; UserError where this is no checkout."""
-  if importlib.util.find_spec('launch') is None:
-    sys.path.append(os.getcwd())  # which the console script does not have
-  try:
-    importlib.import_module('launch.job')
-  except ImportError as e:
-    raise UserError(f'the launchers cannot be imported ({e}): run this in the root of a checkout, where launch/ lies'
-                    ) from e

@@ -8,7 +8,6 @@ while it runs, so it is never doubled, and all state is in files, so the same co
 """
 import argparse
 import importlib
-import json
 import os
 import pathlib
 import signal
@@ -19,10 +18,11 @@ from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
-from diffusion_jax import attempt, collect, points, records
+from diffusion_jax import attempt, collect, points, progress, records
 from diffusion_jax.attempt import STOPPED
 from diffusion_jax.compare import plain
-from diffusion_jax.points import FAILED, FINISHED, INTERRUPTED, RUNNING, WAITING, Plan, Point
+from diffusion_jax.points import Plan, Point
+from diffusion_jax.progress import FAILED, FINISHED, INTERRUPTED, RUNNING, WAITING
 from diffusion_jax.runtime.config import UserError
 from diffusion_jax.svg import duration, number
 
@@ -41,7 +41,7 @@ def run(flags: argparse.Namespace, launcher: ModuleType, options: Any) -> int:
   chosen, queued = points.select(plan.points, flags.only), queue(root)
   todo = []
   for point in chosen:
-    now = points.state(point, plan.evaluate)
+    now = progress.state(point, plan.evaluate)
     why = reason_to_skip(point, now, plan, flags, queued)
     print(f'{"skip" if why else "run "}  {point.name}  {plain(why or now.state)}')
     if not why:
@@ -51,14 +51,14 @@ def run(flags: argparse.Namespace, launcher: ModuleType, options: Any) -> int:
     print(f'{len(others)} folders in {root} are of other configs, seeds or code, and are left alone')
   jobs = [job_of(point, flags) for point in todo]
   if flags.dry_run:
-    print(launcher.render(jobs, options) if jobs else 'nothing to run')
+    print(launcher.render(jobs, options).rstrip('\n') if jobs else 'nothing to run')
     return 0
   points.save_plan(root, plan)
   if jobs:
     submit(root, plan, todo, jobs, flags.launcher, launcher, options)
   if not launcher.WAITS:
     return 0
-  states = [points.state(point, plan.evaluate) for point in chosen]
+  states = [progress.state(point, plan.evaluate) for point in chosen]
   print(summary(states))
   for point, now in zip(chosen, states, strict=True):
     if now.state != FINISHED:
@@ -67,7 +67,7 @@ def run(flags: argparse.Namespace, launcher: ModuleType, options: Any) -> int:
   return 1 if FAILED in kinds else 0 if kinds == {FINISHED} else STOPPED
 
 
-def reason_to_skip(point: Point, now: points.State, plan: Plan, flags: argparse.Namespace, queued: set[str]) -> str:
+def reason_to_skip(point: Point, now: progress.State, plan: Plan, flags: argparse.Namespace, queued: set[str]) -> str:
   """Why a point is not run now; '' if it is."""
   other = f'by other code ({point.code}, now it is {plan.code})' if point.code != plan.code else ''
   if now.state == FINISHED:
@@ -141,7 +141,7 @@ def status(flags: argparse.Namespace) -> int:
   while True:
     plan = points.load_plan(root)
     chosen = points.select(plan.points, flags.only)
-    states = [points.state(point, plan.evaluate) for point in chosen]
+    states = [progress.state(point, plan.evaluate) for point in chosen]
     if flags.watch and sys.stdout.isatty():
       print('\033[H\033[2J', end='')
     print('\n'.join(collect.columns([('point', 'state', 'progress', 'images/s', 'left', '')] + [
@@ -152,44 +152,26 @@ def status(flags: argparse.Namespace) -> int:
     time.sleep(flags.every)
 
 
-def line(point: Point, now: points.State) -> tuple[str, ...]:
+def line(point: Point, now: progress.State) -> tuple[str, ...]:
   """A row of the table."""
-  last = tail(point.folder / 'metrics.jsonl')
+  last = progress.tail(point.folder / 'metrics.jsonl')
   train = records.read_json(point.folder / 'config.json').get('train')
   total = number(train.get('images')) if isinstance(train, dict) else None
   images, rate = number(last.get('images')), number(last.get('images_per_second'))
   trained = (point.folder / 'done.json').exists()
-  progress = 'trained' if trained else f'{min(images / total, 1):.0%}' if total and images is not None else ''
+  share = 'trained' if trained else f'{min(images / total, 1):.0%}' if total and images is not None else ''
   if trained and now.state == RUNNING:
-    progress = 'evaluating'
+    share = 'evaluating'
   left = duration(max(total - images, 0) / rate) if (
       now.state == RUNNING and not trained and total and images is not None and rate) else ''
-  words = (point.name, now.state, progress, f'{rate:,.0f}' if rate else '', left, now.note)
+  words = (point.name, now.state, share, f'{rate:,.0f}' if rate else '', left, now.note)
   return tuple(word[:120] for word in words)
 
 
-def tail(path: pathlib.Path, size: int = 65536) -> dict:
-  """The last whole record of a .jsonl file, from its last `size` bytes; {} where there is none."""
-  try:
-    with open(path, 'rb') as file:
-      file.seek(max(0, file.seek(0, os.SEEK_END) - size))
-      lines = file.read().decode('utf-8', 'replace').split('\n')
-  except OSError:
-    return {}
-  for line in reversed(lines):
-    try:
-      record = json.loads(line)
-    except (ValueError, RecursionError):
-      continue
-    if isinstance(record, dict):
-      return record
-  return {}
-
-
-def summary(states: Sequence[points.State]) -> str:
+def summary(states: Sequence[progress.State]) -> str:
   """'4 points: 3 finished, 1 running'."""
   kinds = [now.state for now in states]
-  counts = [f'{kinds.count(kind)} {kind}' for kind in points.STATES[::-1] if kind in kinds]
+  counts = [f'{kinds.count(kind)} {kind}' for kind in progress.STATES[::-1] if kind in kinds]
   return f'{len(states)} point{"s" * (len(states) != 1)}: {", ".join(counts)}'
 
 
@@ -201,7 +183,7 @@ def cancel(flags: argparse.Namespace) -> int:
   ids = {point: (name, one) for name, found in submitted(root).items() for point, one in found.items()}
   wanted = {}
   for one in points.select(plan.points, flags.only):
-    now = points.state(one, plan.evaluate)
+    now = progress.state(one, plan.evaluate)
     if now.state in (FINISHED, FAILED) or not (one.folder / 'attempts.jsonl').exists():
       continue
     # Before the signal: a launcher that starts the point again finds this.
@@ -209,14 +191,14 @@ def cancel(flags: argparse.Namespace) -> int:
     name, known = ids.get(one.name, ('local', ''))
     if name != 'local':
       wanted.setdefault(name, []).append(known)
-    print(f'{one.name}: {stop(now) if now.state == RUNNING else "will not start"}')
+    print(f'{one.name}: {stop(now) if now.state == RUNNING else "not started again before run or retry"}')
   for name, known in wanted.items():
     launcher_of(name).cancel(sorted(set(known)))
     print(f'{name}: cancelled {", ".join(sorted(set(known)))}')
   return 0
 
 
-def stop(now: points.State) -> str:
+def stop(now: progress.State) -> str:
   """Sends a SIGTERM to a running point of this machine; what came of it, in words."""
   pid, host = now.last.get('pid'), now.last.get('host')
   if host != socket.gethostname() or type(pid) is not int or pid < 2:
@@ -244,7 +226,7 @@ class Parser(argparse.ArgumentParser):
 
 def launcher_of(name: str) -> ModuleType:
   """The module of a launcher."""
-  points.need_launch()
+  progress.need_launch()
   try:
     return importlib.import_module(f'launch.{name}')
   except ImportError as e:
@@ -277,7 +259,8 @@ def command(argv: list[str]) -> int:
       'cancel': 'stops what runs and what is queued', 'point': 'runs one point; what every job does'}.items()}
   for name, parser in add.items():
     parser.add_argument('file', metavar='FILE', help='a sweep file, such as experiments/QUESTION/sweep.py')
-    parser.add_argument('--root', help="where the points' folders are (default: runs/<name of FILE's folder>)")
+    parser.add_argument('--root', help="where the points' folders are (default: runs/QUESTION, of QUESTION/other.py "
+                        'runs/QUESTION-other)')
     if name in ('run', 'retry', 'point'):
       parser.add_argument('--allow', action='append', default=[], metavar='PACKAGE',
                           help='a package of your own whose functions configs may call')
@@ -303,7 +286,7 @@ def command(argv: list[str]) -> int:
       job.add_options(add[argv[0]], launcher.OPTIONS)
   flags = p.parse_args(argv)
   if not launching:
-    points.need_launch()
+    progress.need_launch()
     commands = {'status': status, 'collect': collect.collect, 'cancel': cancel, 'point': attempt.point}
     return commands[flags.command](flags)
   try:

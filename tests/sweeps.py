@@ -4,7 +4,7 @@ import json
 import pathlib
 import sys
 
-from diffusion_jax import attempt, points, sweep
+from diffusion_jax import attempt, points, progress, sweep
 from diffusion_jax.runtime import log
 
 SWEEP = '''
@@ -13,7 +13,7 @@ RUNS, SEEDS = {'cosine': 'cosine', 'linear': 'linear'}, range(2)
 EVALUATE = ['--ema=main', '--num=24', '--features=digits']
 def get_config(run):
   name, _, seed = run.rpartition('-s')
-  return tiny_config(True, process=RUNS[name], seed=seed, train__images=64, sample__steps=2, eval__held_out='')
+  return tiny_config(process=RUNS[name], seed=seed, train__images=64, sample__steps=2, eval__held_out='')
 '''
 NAMES = ['cosine-s0', 'cosine-s1', 'linear-s0', 'linear-s1']
 # A config that costs nothing to load, for processes that are killed; no train ever reads it.
@@ -117,7 +117,7 @@ def make_world(tmp_path, monkeypatch):
     return sweep.main([command, file, f'--root={tmp_path}/root', *launcher, *rest, *more])
 
   main.file, main.root, main.fake = file, tmp_path / 'root', fake
-  main.states = lambda: {point.name: points.state(point, points.load_plan(main.root).evaluate).state
+  main.states = lambda: {point.name: progress.state(point, points.load_plan(main.root).evaluate).state
                          for point in points.load_plan(main.root).points}
   main.folder = lambda name: next(main.root.glob(f'{name}-????????'))
   return main

@@ -1,6 +1,7 @@
 """Laws of sweeps: what is run, skipped, resumed and retried, and what a point is identified by."""
 import contextlib
 import dataclasses
+import importlib
 import json
 import os
 import pathlib
@@ -14,7 +15,7 @@ from conftest import ROOT
 from sweeps import NAMES, SWEEP, Children, Killed, make_world, put
 from test_layers import imports
 
-from diffusion_jax import points, sweep
+from diffusion_jax import attempt, points, progress, sweep
 from diffusion_jax.runtime import log
 from diffusion_jax.runtime.config import UserError
 
@@ -30,15 +31,19 @@ def change_code(monkeypatch, version='0123456789ab'):
 
 # End to end
 
-def test_a_point_is_trained_and_evaluated_by_the_local_launcher(world, tmp_path, capfd):
-  """Really: run, point, train and evaluate are processes. The others are finished by fakes, and one table is made."""
-  env = os.environ | {'PYTHONPATH': f'{ROOT / "tests"}{os.pathsep}{ROOT}'}
-  words = [sys.executable, '-m', 'diffusion_jax.sweep', 'run', world.file, f'--root={world.root}',
-           '--only=cosine-s0']
-  done = subprocess.run(words, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+class Here(attempt.Children):
+  """Trains and evaluates really, in this process, which has compiled much of it already."""
+
+  def run(self, command, *flags):
+    return importlib.import_module(f'diffusion_jax.{command}').main(flags)
+
+
+def test_a_point_is_trained_and_evaluated(world, tmp_path, monkeypatch, capsys):
+  """One point really, others by fakes, and one table of them."""
+  with monkeypatch.context() as m:
+    m.setattr(attempt, 'Children', Here)
+    assert world('run --only=cosine-s0') == 0
   folder = world.folder('cosine-s0')
-  assert done.returncode == 0, done.stdout + done.stderr + (folder / 'log.txt').read_text()
-  assert '1 finished' in done.stdout
   assert {'config.json', 'metrics.jsonl', 'eval.jsonl', 'done.json', 'point.json', 'finished.json'} <= {
       path.name for path in folder.iterdir()}
   start, end = [line for line in log.read_lines(folder / 'attempts.jsonl') if line['event'] != 'submit']
@@ -49,17 +54,31 @@ def test_a_point_is_trained_and_evaluated_by_the_local_launcher(world, tmp_path,
   found = next(line for line in log.read_lines(folder / 'eval.jsonl') if line['metric'] == 'fd_digits_24')
 
   assert world('run --only=linear*') == 0 and Children.trained == ['linear-s0', 'linear-s1']
-  capfd.readouterr()
+  capsys.readouterr()
   assert world('status') == 0
-  said = capfd.readouterr().out
+  said = capsys.readouterr().out
   assert re.search(r'cosine-s0 +finished +trained', said) and re.search(r'cosine-s1 +waiting', said)
   assert '4 points: 3 finished, 1 waiting' in said
   assert world('collect --only=cosine --metric=fd_digits_24') == 0
-  table = capfd.readouterr().out
+  table = capsys.readouterr().out
   assert 'missing: cosine-s1: waiting' in table and '1 of 2 !' in table and '(n=1)' in table
   assert world('collect', '--only=cosine', f'--out={tmp_path}/t.json') == 0
   line = next(one for one in json.loads((tmp_path / 't.json').read_text())['lines'] if one['metric'] == 'fd_digits_24')
   assert line['mean'] == found['value'] and line['n'] == 1 and line['standard_error'] is None
+
+
+def test_run_launcher_point_and_train_are_processes(tmp_path):
+  """All of them real, of a point whose data there is not."""
+  text = SWEEP.replace('seed=seed', "seed=seed, data__source='npz:/no/such/file.npz'")
+  file, root = put(tmp_path / 'sweep.py', text), tmp_path / 'root'
+  words = [sys.executable, '-m', 'diffusion_jax.sweep', 'run', file, f'--root={root}', '--only=cosine-s1', '--slots=1']
+  env = os.environ | {'PYTHONPATH': f'{ROOT / "tests"}{os.pathsep}{ROOT}'}
+  done = subprocess.run(words, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+  assert done.returncode == 1 and '1 failed' in done.stdout, done.stdout + done.stderr
+  assert re.search('cosine-s1: failed status 2: error: .*/no/such/file.npz', done.stdout)
+  folder, = root.glob('cosine-s1-*')
+  kinds = [line['event'] for line in log.read_lines(folder / 'attempts.jsonl')]
+  assert kinds == ['submit', 'start', 'end'] and not progress.held(folder)
 
 
 # What run and retry take
@@ -195,6 +214,16 @@ def test_bad_sweep_files_are_refused_in_one_sentence(world, capsys, old, new, sa
   err = capsys.readouterr().err
   assert said in err and err.startswith('error: ') and err.count('\n') == 1
   assert not world.root.exists()
+
+
+def test_a_root_is_of_one_sweep(world, capsys, monkeypatch, tmp_path):
+  monkeypatch.chdir(tmp_path)
+  world('run --only=cosine-s0')
+  other = put(tmp_path / 'question' / 'larger.py', SWEEP)
+  for command in 'run', 'status', 'collect', 'cancel':
+    assert sweep.main([command, other, f'--root={world.root}']) == 2 and 'larger.py' in capsys.readouterr().err
+  roots = [points.root_of(file, None) for file in (world.file, other)]
+  assert list(map(str, roots)) == ['runs/question', 'runs/question-larger']
 
 
 @pytest.mark.parametrize(('words', 'said'), [

@@ -1,5 +1,6 @@
 """Whoever is killed when: no point of a sweep is lost, and none is run twice."""
 import contextlib
+import fcntl
 import signal
 import subprocess
 import sys
@@ -9,7 +10,7 @@ import pytest
 from conftest import ROOT
 from sweeps import LIGHT, NAMES, Children, Killed, make_world, put
 
-from diffusion_jax import points, sweep
+from diffusion_jax import points, progress, sweep
 from diffusion_jax.runtime import log
 
 
@@ -95,7 +96,7 @@ class Light:
     return next(self.root.glob('a-s0-*'), self.tmp / 'none')
 
   def state(self):
-    return points.state(points.Point('a-s0', 'a', 0, '', self.folder(), ''), [])
+    return progress.state(points.Point('a-s0', 'a', 0, '', self.folder(), ''), [])
 
   def wait(self, condition):
     deadline = time.monotonic() + 120
@@ -164,12 +165,12 @@ def test_cancel_reaches_the_launcher_and_run_lifts_it(world):
 
 def test_looking_does_not_keep_a_point_from_starting(tmp_path):
   with open(tmp_path / 'point.lock', 'ab') as file:
-    points.fcntl.flock(file, points.fcntl.LOCK_SH)  # as `held` does, for an instant
-    assert not points.held(tmp_path)
-    signal.signal(signal.SIGALRM, lambda *_: points.fcntl.flock(file, points.fcntl.LOCK_UN))
+    fcntl.flock(file, fcntl.LOCK_SH)  # as `held` does, for an instant
+    assert not progress.held(tmp_path)
+    signal.signal(signal.SIGALRM, lambda *_: fcntl.flock(file, fcntl.LOCK_UN))
     signal.setitimer(signal.ITIMER_REAL, 0.2)
-    with points.locked(tmp_path, patience=60) as lock:
-      assert lock is not None and points.held(tmp_path)
-      with points.locked(tmp_path, patience=0) as other:
+    with progress.locked(tmp_path, patience=60) as lock:
+      assert lock is not None and progress.held(tmp_path)
+      with progress.locked(tmp_path, patience=0) as other:
         assert other is None
-  assert not points.held(tmp_path)
+  assert not progress.held(tmp_path)
