@@ -106,8 +106,9 @@ def manifest(job: Job, options: Options) -> dict[str, Any]:
           'name': name, 'namespace': options.namespace,
           'labels': {'app.kubernetes.io/name': 'diffusion-jax',
                      **({'kueue.x-k8s.io/queue-name': options.queue} if options.queue else {})},
-          # One slice, one pool of nodes.
-          'annotations': {'alpha.jobset.sigs.k8s.io/exclusive-topology': 'cloud.google.com/gke-nodepool'}},
+          # The hosts of a slice are one pool of nodes, and it is theirs alone; single hosts share their pool.
+          'annotations': {'alpha.jobset.sigs.k8s.io/exclusive-topology': 'cloud.google.com/gke-nodepool'} if hosts > 1
+                         else {}},
       'spec': {
           # What is not worth another start fails its Job by the pod failure policy; anything else restarts the JobSet.
           'failurePolicy': {'maxRestarts': options.restarts, 'rules': [
@@ -132,11 +133,10 @@ def name_of(job: Job) -> str:
 def scalar(value: Any) -> str:
   """A YAML scalar or empty collection; text is quoted unless it can only be text."""
   if isinstance(value, str):
-    if re.fullmatch(r'[A-Za-z][A-Za-z0-9./_-]*', value) and value.lower() not in (
+    if re.fullmatch(r'[A-Za-z/][A-Za-z0-9./_-]*', value) and value.lower() not in (
         'true', 'false', 'yes', 'no', 'on', 'off', 'y', 'n', 'null'):
       return value
-    escape = lambda c: c if ' ' <= c <= '~' and c not in '"\\' else (
-        f'\\u{ord(c):04x}' if c <= '\uffff' else f'\\U{ord(c):08x}')
+    escape = lambda c: f'\\{c}' if c in '"\\' else c if ' ' <= c <= '~' else f'\\U{ord(c):08x}'
     return f'"{"".join(map(escape, value))}"'
   return json.dumps(value)
 

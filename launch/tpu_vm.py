@@ -40,7 +40,7 @@ class Options:
   mounted: str = option('', job_lib.MOUNTED)
   slots: int = option(8, 'jobs at once, each on a TPU of its own')
   restarts: int = option(20, 'how often a job is started again after a preemption or exit status 70, 75, 134, 137, 143')
-  poll: int = option(30, 'seconds between looks at a TPU that is not ready')
+  poll: int = option(30, 'seconds between looks at a TPU that is not ready, and before a restart')
   keep: bool = option(False, 'leave the TPU there at the end')
   setup: tuple[str, ...] = option((
       'python3 -m pip install --quiet uv', 'python3 -m uv venv --quiet --allow-existing --python 3.12 ~/venv',
@@ -188,6 +188,7 @@ def drive(job: Job, options: Options, archive: str, stop: threading.Event) -> in
     if stop.is_set() or not (retryable(status) or status == SSH_BROKE):
       break
     print(f'{name}: status {status} ({attempt} of {options.restarts} restarts)', file=sys.stderr)
+    stop.wait(options.poll if attempt < options.restarts else 0)
   if not options.keep and not stop.is_set():
     call(delete(name, options))
   return INTERRUPTED if stop.is_set() or status == SSH_BROKE else status

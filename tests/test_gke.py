@@ -82,6 +82,8 @@ def test_manifests_are_valid_and_ask_for_all_chips(tpu, topology, change):
           'v4': 'tpu-v4-podslice', 'v5e': 'tpu-v5-lite-podslice', 'v5p': 'tpu-v5p-slice', 'v6e': 'tpu-v6e-slice'}[tpu]
   }.items()
   assert manifest['spec']['replicatedJobs'][0]['replicas'] == options.slices
+  # A slice of several hosts needs all of them from one pool of nodes; single hosts need not have a pool each.
+  assert bool(manifest['metadata']['annotations']) == (spec['completions'] > 1)
 
 
 @pytest.mark.parametrize(('tpu', 'chips', 'hosts'), [  # machine types ct5lp-hightpu-{1,4,8}t and ct4p-hightpu-4t
@@ -141,34 +143,35 @@ def test_a_planted_error_is_seen_by_the_schema(path, value, message):
   assert len(found) == 1 and message in found[0]
 
 
-def kubernetes(words):
-  """Words as the kubelet hands them to a container in which no variable is defined: `$$` is a dollar."""
-  return [re.sub(r'\$\$', '$', word) for word in words]
+def kubernetes(words, env):
+  """Words as the kubelet hands them to a container: `$$` is a dollar, `$(NAME)` the variable if there is one."""
+  return [re.sub(r'\$\$|\$\((\w+)\)', lambda m: env.get(m[1], m[0]) if m[1] else '$', word) for word in words]
 
 
 @pytest.mark.parametrize(('topology', 'slices'), [('2x4', 1), ('4x4', 1), ('4x4', 3), ('1x1', 2)])
 def test_the_command_arrives_word_by_word_and_processes_are_numbered(topology, slices, tmp_path):
   code = ('import json,os,sys;print(json.dumps([sys.argv[1:],*(os.environ.get("DIFFUSION_JAX_" + k) '
           'for k in ("PROCESS_ID","NUM_PROCESSES","COORDINATOR"))]))')
+  words = [*HOSTILE, '$(A)', '$$', '$$(A)']
   options = gke.Options(image='i', topology=topology, slices=slices)
-  job = Job('j', (sys.executable, '-IS', '-c', code, *HOSTILE), 'gs://b/w', {'A': '$(B) $$'})
+  job = Job('j', (sys.executable, '-IS', '-c', code, *words), 'gs://b/w', {'A': '$(B) $$'})
   manifest = gke.manifest(job, options)
   container, = pod_of(manifest)['containers']
   hosts = manifest['spec']['replicatedJobs'][0]['template']['spec']['completions']
-  env = dict(zip([e['name'] for e in container['env']], kubernetes(e.get('value', '') for e in container['env']),
-                 strict=True))
+  env = dict(zip([e['name'] for e in container['env']], kubernetes(
+      [e.get('value', '') for e in container['env']], {'B': 'b'}), strict=True))
   assert env['A'] == '$(B) $$'
   found = []
   for index in range(hosts * slices):
     where = {'SLICE': str(index // hosts), 'JOB_COMPLETION_INDEX': str(index % hosts)}
-    said = subprocess.run(kubernetes(container['command']), env={'PATH': os.environ['PATH'], **env, **where},
+    said = subprocess.run(kubernetes(container['command'], env), env={'PATH': os.environ['PATH'], **env, **where},
                           cwd=tmp_path, capture_output=True, text=True, check=True).stdout
     found.append(json.loads(said))
   if hosts * slices == 1:
-    assert found == [[HOSTILE, None, None, None]]
+    assert found == [[words, None, None, None]]
   else:
     name = manifest['metadata']['name']
-    assert found == [[HOSTILE, str(index), str(hosts * slices), f'{name}-worker-0-0.{name}:8476']
+    assert found == [[words, str(index), str(hosts * slices), f'{name}-worker-0-0.{name}:8476']
                      for index in range(hosts * slices)]
     assert container['env'][-1]['valueFrom']['fieldRef']['fieldPath'] == (
         "metadata.annotations['jobset.sigs.k8s.io/job-index']")

@@ -17,12 +17,12 @@ from launch.job import RETRYABLE, Job, LaunchError
 SRUN = 'while [ "${1#--}" != "$1" ]; do shift; done\nexec "$@"'
 SCONTROL = 'echo "$@" >> "$FAKES/scontrol-calls"; [ "$1" = show ] && echo node1 && echo node2; exit 1'
 SBATCH = '''for script; do :; done
-touch "$FAKES/in-sbatch"; sleep ${SLOW:-0}
+touch "$FAKES/busy-$$"; sleep ${SLOW:-0}
 name=$(sed -n 's/^#SBATCH --job-name=//p' "$script")
 last=$(sed -n 's/^#SBATCH --array=0-\\([0-9]*\\).*/\\1/p' "$script")
 id=$(($(cat "$FAKES/last" 2>/dev/null || echo 100) + 1)); echo $id > "$FAKES/last"
 for i in $(seq 0 $last); do echo "${id}_$i|PENDING|$name" >> "$FAKES/queue"; done
-sleep ${SLOW:-0}; echo "$id;cluster"'''
+sleep ${SLOW:-0}; rm "$FAKES/busy-$$"; echo "$id;cluster"'''
 SQUEUE = 'touch "$FAKES/queue"; cat "$FAKES/queue"; echo "7_0|RUNNING|of|somebody else"'
 SCANCEL = 'for id; do sed -i "s/^$id|[A-Z]*/$id|CANCELLED/" "$FAKES/queue"; done'
 FAKES = {'srun': SRUN, 'scontrol': SCONTROL, 'sbatch': SBATCH, 'squeue': SQUEUE, 'scancel': SCANCEL}
@@ -151,18 +151,19 @@ def test_another_folder_is_another_sweep(fakes, tmp_path):
   assert one != two
 
 
-@pytest.mark.parametrize('moment', ['in-sbatch', 'queue'])
+@pytest.mark.parametrize('moment', ['busy-*', 'queue'])
 def test_a_submission_killed_half_way_is_not_doubled(fakes, tmp_path, monkeypatch, moment):
   """kill -9 of the launcher while sbatch works: before the job is in the queue, and after, when nobody hears its id."""
   (fakes / 'squeue').write_text('#!/bin/sh\ncat "$FAKES/queue" 2>/dev/null\nexit 0\n')
   code = ('import sys; from launch import slurm; from launch.job import Job\n'
           'print(slurm.submit([Job(n, ("true",), sys.argv[1] + n) for n in "ab"], slurm.Options(), sys.argv[1] + "f"))')
   process = subprocess.Popen([sys.executable, '-c', code, f'{tmp_path}/'], cwd=ROOT, env={**os.environ, 'SLOW': '0.7'})
-  until((fakes / moment).exists)
+  until(lambda: [*fakes.glob(moment)])
   process.kill()
   process.wait()
   assert moment == 'queue' or not (fakes / 'queue').exists()
   ids = slurm.submit(jobs_of(tmp_path, 'ab'), slurm.Options(), str(tmp_path / 'f'))
+  until(lambda: not [*fakes.glob('busy-*')])  # sbatch has outlived the one who called it
   assert ids == ['101_0', '101_1']
   assert len((fakes / 'queue').read_text().splitlines()) == 2
 
