@@ -12,6 +12,8 @@ COMMANDS = {
     'encode': 'makes the statistics of a data set that samples are scored against',
     'report': 'makes one HTML page from run folders',
     'compare': 'prints the scores of runs side by side, if they are alike',
+    'diff': 'prints what differs between two runs',
+    'sweep': 'runs the points of a sweep file anywhere, and says how far they are',
     'posthoc_ema': 'makes an average of any length from the snapshots of a run',
 }
 
@@ -32,7 +34,7 @@ def main() -> int:
                                                     f', only {", ".join(COMMANDS)}'), file=sys.stderr)
     return 2
   module = importlib.import_module(f'diffusion_jax.{name}')
-  if name in ('report', 'compare'):  # they read records only, and stand alone
+  if name in ('report', 'compare', 'diff', 'sweep'):  # they need no jax, and stand alone
     return module.main(rest)
   from diffusion_jax.runtime import command
   return command.run(module.main, rest)
