@@ -9,11 +9,13 @@ import json
 import os
 import re
 import shlex
+import subprocess
 import sys
+import time
 from collections.abc import Iterable, Sequence
 
 from launch import job as job_lib
-from launch.job import RETRYABLE, Job, LaunchError, option, output
+from launch.job import RETRYABLE, Job, LaunchError, option, output, tool
 
 WAITS = False
 # What squeue says of tasks that will not run again; everything else is alive, a requeued task among it.
@@ -147,8 +149,14 @@ def alive(ids: Iterable[str]) -> set[str]:
 
 def cancel(ids: Iterable[str]) -> None:
   """Ends the tasks: a running one is told with SIGTERM to save, and is not requeued."""
-  if ids := list(ids):
-    output(['scancel', *ids])
+  for wait in (0, 1, 2, 4):  # a task that is just being started or requeued refuses for a moment
+    time.sleep(wait)
+    if not (living := sorted(alive(ids := set(ids)))):
+      return
+    done = tool(['scancel', *living], stderr=subprocess.PIPE)
+    if not done.returncode:
+      return
+  raise LaunchError(f'scancel {" ".join(living)} ended with status {done.returncode}: {done.stderr.strip()}')
 
 
 def main(argv: Sequence[str] | None = None) -> int:

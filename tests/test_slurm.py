@@ -146,6 +146,14 @@ def test_what_is_in_the_queue_is_not_submitted_again(fakes, tmp_path, capsys):
   assert not {p.name for p in tmp_path.iterdir()} & set('abcd')  # folders of runs are the runs' business
 
 
+def test_a_task_that_cannot_be_cancelled_now_is_cancelled_a_moment_later(fakes, tmp_path):
+  ids = slurm.submit(jobs_of(tmp_path, 'ab'), slurm.Options(), str(tmp_path / 'f'))
+  refuses = '[ -e "$FAKES/asked" ] || { touch "$FAKES/asked"; echo "not now" >&2; exit 1; }'
+  (fakes / 'scancel').write_text(f'#!/bin/sh\n{refuses}\n{SCANCEL}\n')
+  slurm.cancel(ids)
+  assert not slurm.alive(ids)
+
+
 def test_another_folder_is_another_sweep(fakes, tmp_path):
   one, two = (slurm.submit(jobs_of(tmp_path / f, 'a'), slurm.Options(), str(tmp_path / f / 'launch')) for f in 'xy')
   assert one != two
@@ -256,7 +264,7 @@ def test_a_preempted_job_is_told_and_comes_back(cluster, tmp_path):
   ids = cluster([stub(tmp_path, 'p', 'sleep first')])
   until(lambda: starts(tmp_path, 'p'), 60)
   time.sleep(1)
-  subprocess.run(['scancel', '--signal=TERM', *ids], check=True)
+  until(lambda: not subprocess.run(['scancel', '--signal=TERM', *ids]).returncode)
   until((tmp_path / 'p' / 'told').exists, 30)
   ended(ids)
   assert starts(tmp_path, 'p') == 2
