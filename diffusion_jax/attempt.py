@@ -125,7 +125,7 @@ class Children:
     status = process.wait()
     self.process = None
     status = 128 - status if status < 0 else status
-    return STOPPED if self.stopped and status in (0, 130, 143) else status
+    return STOPPED if self.stopped and status in (130, 143) else status
 
   def _note(self, number: int, frame: Any) -> None:
     if not self.stopped or time.monotonic() - self.since > ECHO_SECONDS:

@@ -10,7 +10,7 @@ import pytest
 from conftest import ROOT
 from sweeps import LIGHT, NAMES, make_world, put, put_lines
 
-from diffusion_jax import points
+from diffusion_jax import points, sweep
 
 
 @pytest.fixture
@@ -70,6 +70,19 @@ def finished(world):
   def write(name, *records):
     put_lines(world.folder(name) / 'eval.jsonl', *records)
   return world, write
+
+
+def test_watch_ends_when_all_has_ended(finished, monkeypatch, capsys):
+  """Not before: it looks again while a point waits."""
+  world, _ = finished
+  path = world.folder('linear-s1') / 'finished.json'
+  text = path.read_text()
+  path.unlink()
+  monkeypatch.setattr(sweep.time, 'sleep', lambda seconds: path.write_text(text))
+  capsys.readouterr()
+  assert world('status --watch --every=7') == 0
+  said = capsys.readouterr().out
+  assert said.index('3 finished, 1 interrupted') < said.index('4 points: 4 finished') and said.count('points:') == 2
 
 
 def collected(world, tmp_path, words=''):

@@ -1,6 +1,7 @@
 """Whoever is killed when: no point of a sweep is lost, and none is run twice."""
 import contextlib
 import fcntl
+import re
 import signal
 import subprocess
 import sys
@@ -61,6 +62,20 @@ def test_jobs_submitted_twice_are_run_once(world, capsys):
   for name in world.fake.calls:
     assert sweep.main(['point', world.file, f'--root={world.root}', '--name', name]) == 0
   assert Children.trained == NAMES
+  for name in NAMES:
+    kinds = [line['event'] for line in log.read_lines(world.folder(name) / 'attempts.jsonl')]
+    assert kinds == ['submit', 'submit', 'start', 'end']
+
+
+def test_run_and_retry_leave_alone_what_runs(world, capsys):
+  Children.ends[:] = [75]
+  world('run --only=cosine-s0')
+  with progress.locked(world.folder('cosine-s0')):
+    for command in 'run', 'retry --all':
+      capsys.readouterr()
+      assert world(f'{command} --dry_run') == 0
+      assert re.search(r'skip +cosine-s0 +running, pid \d+ on ', capsys.readouterr().out)
+  assert world('run --dry_run') == 0 and 'run   cosine-s0' in capsys.readouterr().out
 
 
 STUB = '''
