@@ -39,8 +39,10 @@ def last_scores(run: Run) -> list[dict]:
 
 
 def made_by(record: dict) -> tuple[str, ...]:
-  """How the samples of a record were made."""
-  return tuple(records.exactly(record.get(key)) for key in MADE)
+  """How the samples of a record were made; network calls that an adaptive sampler chose are no setting."""
+  calls = number(record.get('nfe'))
+  chosen = calls is not None and calls % 1 != 0
+  return tuple(records.exactly(None if chosen and key == 'nfe' else record.get(key)) for key in MADE)
 
 
 def choose(runs: Sequence[Run]) -> Compared | None:

@@ -109,11 +109,32 @@ def test_unlike_values_are_left_out_and_named(tmp_path, change):
 def test_each_run_speaks_by_the_samples_that_most_runs_have(tmp_path):
   """A run's other evaluations, of more calls, of raw weights or of an earlier step, do not stand for it."""
   calls, raw, early = measured('fid', 1., nfe=1000), measured('fid', 2., ema='raw'), measured('fid', .5, step=10)
-  folders = [make(tmp_path, name, seed, calls, measured('fid', value), *([raw, early] if seed else [early]))
+  folders = [make(tmp_path, name, seed, *[calls] * bool(seed), measured('fid', value),  # newest or not
+                  *([raw, early] if seed else [calls, early]))
              for name, values in SCORES.items() for seed, value in enumerate(values)]
   folders[-1] = make(tmp_path, 'linear', 2, measured('fid', 21.6))  # so that 50 calls are what most runs have
   compared = comparison.choose(records.read_runs(folders))
   assert [record['value'] for _, record in compared.chosen] == [v for values in SCORES.values() for v in values]
+
+
+def test_calls_that_a_sampler_chose_do_not_tell_samples_apart(tmp_path):
+  runs = records.read_runs([make(tmp_path, 'a', seed, measured('fid', 1., nfe=47.5 + seed / 4)) for seed in range(2)])
+  (_, a), (_, b) = comparison.choose(runs).chosen
+  assert comparison.made_by(a) == comparison.made_by(b)
+  assert comparison.made_by({**a, 'nfe': 47}) != comparison.made_by({**b, 'nfe': 48})
+
+
+@pytest.mark.parametrize('name', ['point.json', 'data.json', 'eval.jsonl', 'metrics.jsonl', 'schedule.json', 'run.json',
+                                  'done.json'])
+@pytest.mark.parametrize('content', [
+  '', '[]', '{"metric": "fid", "value": "x", "seed": [], "run": {}, "shape": "x", "images": {}, "step": [], "ci": 3}',
+  '{"metric": "fid", "value": 1e999, "seed": true, "run": "", "nfe": "x", "images": -1, "seconds": [], "t": [1, "x"]}',
+  '{"metric": "fid", "value": 5, "seed": -7, "name": 3, "alpha": 1, "logsnr_bins": [0, 0], "count_by_logsnr": [1]}'])
+def test_a_broken_record_among_others_breaks_nothing(tmp_path, name, content):
+  folders = [make(tmp_path, group, seed, measured('fid', 1. + seed)) for group in 'ab' for seed in range(2)]
+  for folder in folders[1:]:
+    (folder / name).write_text(content)
+  Page(report.page(records.read_runs(folders)))
 
 
 def test_unequal_budgets_and_missing_points_are_said(tmp_path):

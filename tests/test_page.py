@@ -123,7 +123,7 @@ def page(tmp_path_factory):
       put(run / 'config.json', {'seed': seed, 'schedule': name})
       put(run / 'data.json', {'shape': [8, 8, 1]})
       put(run / 'eval.jsonl', measured('fid', value + 10, images=32000, step=10),
-          measured('fid', value, [0, 2 * value]))
+          measured('fid', value, [0, 2 * value]), *[measured('kid', value)] * bool(seed))
       (run / 'samples/final/strip.png').write_bytes(png(5 * 36 - 4, 4 * 36 - 4))
       runs.append(run)
   out = folder / 'page.html'
@@ -151,8 +151,9 @@ def test_nothing_goes_wrong_and_nothing_sticks_out(browser, page, theme, width, 
   assert (max(map(float, background[:3])) < 90) == (theme == 'dark')
 
 
-def test_the_theme_is_swapped(browser, page):
-  browser.open(page)
+@pytest.mark.parametrize('theme', ['light', 'dark'])
+def test_the_theme_is_swapped(browser, page, theme):
+  browser.open(page, theme=theme)
   colour = 'getComputedStyle(document.body).backgroundColor'
   before = browser.ask(colour)
   browser.ask("document.querySelector('#swap').click()")
@@ -174,6 +175,18 @@ def test_a_table_is_sorted_by_mouse_and_keyboard(browser, page):
   browser.key('Enter')
   assert browser.ask(SECOND) == pytest.approx(sorted(means, reverse=True))
   assert browser.ask(f"{head}.getAttribute('aria-sort')") == 'descending'
+
+
+def test_what_is_missing_is_last_either_way(browser, page):
+  browser.open(page)
+  heads = "[...document.querySelectorAll('#evaluation thead th')]"
+  head = f"{heads}.find(head => head.textContent.startsWith('kid'))"
+  cells = ("(at => [...document.querySelector('#evaluation table').tBodies[0].rows].map(row => row.cells[at].dataset.v"
+           f" ? +row.cells[at].dataset.v : null))({heads}.indexOf({head}))")
+  found = sorted(value for values in NAMES.values() for value in values[1:])
+  for wanted in found, found[::-1]:
+    browser.ask(f'{head}.click()')
+    assert browser.ask(cells) == wanted + [None] * (18 - len(found))
 
 
 SHOWN = "[...document.querySelectorAll('.flip .one')].map((one, i) => one.offsetWidth ? i : -1).filter(i => i >= 0)"
