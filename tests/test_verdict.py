@@ -45,7 +45,7 @@ DRAWS = {
     'half wide': lambda rng, i, k: rng.gauss(0, 1) * (5 if i < k / 2 else 1),
 }
 # Of few runs there are more sweeps, since each takes less time.
-SWEEPS = {2: 2000, 3: 800, 8: 250, 16: 80}
+SWEEPS = {2: 2000, 3: 800, 8: 200, 16: 50}
 
 
 def false_rate(k, draw, sweeps, seeds, common=0.0):
