@@ -210,6 +210,7 @@ def fit(model: Model, optimizer: optax.GradientTransformation, source: sources.S
       values = jax.device_get(metrics)
       clock()
       record = describe(values.compute(), config, step, logged_step, seconds, logged_seconds)
+      record['count_by_logsnr'] = values.loss_by_logsnr.count.tolist()
       if not np.isfinite([record['loss'], record['grad_norm']]).all():
         checkpoints.close()
         records.close()

@@ -113,6 +113,7 @@ def test_a_run_leaves_its_records(tiny_run):
   records = log.read_lines(tiny_run / 'metrics.jsonl')
   assert [r['images'] for r in records] == [64, 128, 192, 256, 320, 384, 448, 512]
   assert len(records[0]['logsnr_bins']) == len(records[0]['loss_by_logsnr']) + 1
+  assert {sum(r['count_by_logsnr']) for r in records} == {64}
   assert records[-1]['loss'] < records[0]['loss']
   assert (tiny_run / 'samples' / '000000512.png').exists()
   assert list(tiny_run.glob('events.out.tfevents.*'))
