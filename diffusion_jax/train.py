@@ -333,8 +333,6 @@ def main(argv: Sequence[str] | None = None) -> int:
   p.add_argument('--dry_run', action='store_true', help='print parameters, shapes, FLOPs and memory, then exit')
   p.add_argument('--profile', action='store_true', help='write a profile for TensorBoard into WORKDIR/profile')
   flags, overrides = p.parse(argv)
-  for package in flags.allow:
-    config_lib.allow(package)
   config = config_lib.load(flags.config)
   config_lib.override(config, overrides)
   model_lib.check(config)

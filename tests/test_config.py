@@ -11,6 +11,7 @@ import diffusion_jax.core
 import diffusion_jax.nets
 from diffusion_jax.core import diffusion, ema, levels, losses, samplers, schedules, targets
 from diffusion_jax.nets import unet
+from diffusion_jax.runtime import command
 from diffusion_jax.runtime import config as config_lib
 from diffusion_jax.runtime.config import Config, UserError, build, spec
 
@@ -74,6 +75,11 @@ def test_specs_nest(allowed, tmp_path):
   made = through_json(spec(outer, part=spec(outer, part=spec(inner, value=3.0)), scale=5.0), tmp_path)
   assert build(made) == 30.0
   assert made.part.scale == 2.0
+
+
+def test_every_command_takes_the_flag(allowed):
+  command.parser('evaluate', '').parse(['--allow=mylab.nets', '--allow=other'])
+  assert {'mylab.nets', 'other'} <= set(config_lib.ALLOWED)
 
 
 def test_allow_is_by_package(allowed):

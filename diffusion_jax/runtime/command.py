@@ -35,6 +35,8 @@ class Parser(argparse.ArgumentParser):
     if unknown:
       known = [o for action in self._actions for o in action.option_strings]
       raise UserError(f'{self.prog} has no flag {unknown[0]!r}{config_lib.nearest(unknown[0].split("=")[0], known)}')
+    for package in getattr(flags, 'allow', []):
+      config_lib.allow(package)
     return flags, overrides
 
 
