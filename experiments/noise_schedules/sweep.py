@@ -1,4 +1,4 @@
-"""Which noise schedule is best, by how much, and how sure? On handwritten digits, in half an hour on two cores.
+"""Which noise schedule is best, by how much, and how sure? On handwritten digits, for two cores of a CPU.
 
 Eight schedules x {eps, v}, and EDM as published: 16 runs, equal in everything but the schedule and the target. The
 README says what is held equal and why. Larger scales: cifar10_jpeg.py and cifar10.py, the same RUNS.
