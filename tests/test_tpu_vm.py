@@ -214,7 +214,8 @@ def test_a_tpu_that_failed_before_is_asked_for_again(cloud):
 
 def test_ctrl_c_leaves_the_job_running(cloud, tmp_path):
   """The TPU is not deleted, and the command that deletes it is shown."""
-  code = ('import sys; from launch import tpu_vm; from launch.job import Job\n'
+  code = ('import signal; from launch import tpu_vm; from launch.job import Job\n'
+          'signal.signal(signal.SIGINT, signal.default_int_handler)\n'  # a shell's background job ignores it from birth
           f'tpu_vm.MOUNT = {str(tmp_path / "gcs")!r}\n'
           f'print(tpu_vm.run([{job_of("sh", "-c", f"touch {tmp_path}/up; exec sleep 2")!r}], tpu_vm.{OPTIONS!r}))')
   launcher = subprocess.Popen([sys.executable, '-c', code], env={**os.environ, 'PYTHONPATH': str(ROOT)},
