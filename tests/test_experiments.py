@@ -24,9 +24,7 @@ def module_of(file):
   return importlib.import_module(file.removesuffix('.py').replace('/', '.'))
 
 
-@functools.cache
-def loaded(file, name):
-  return config_lib.load(f'{ROOT / file}:{name}')
+loaded = functools.cache(lambda file, name: config_lib.load(f'{ROOT / file}:{name}'))
 
 
 def load(file, name):
