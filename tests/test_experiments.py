@@ -36,8 +36,7 @@ def shape_of(config):
 
 
 def test_the_sweep_files_are_found():
-  assert {'experiments/noise_schedules/sweep.py', 'experiments/ddpm_paper/sweep.py',
-          'experiments/iddpm/sweep.py'} < set(FILES)
+  assert {f'experiments/{name}/sweep.py' for name in ('noise_schedules', 'ddpm_paper', 'iddpm')} < set(FILES)
 
 
 def once(key):
