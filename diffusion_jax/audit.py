@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from diffusion_jax.metrics import memorisation
+from diffusion_jax.metrics import memorisation, scores
 from diffusion_jax.metrics.memorisation import Audit
 from diffusion_jax.runtime import log
 from diffusion_jax.runtime.config import explain
@@ -56,7 +56,7 @@ def run(folder: pathlib.Path, images: np.ndarray, found: Mapping[str, np.ndarray
 def records(result: Audit, training_images: int, held_out_images: int) -> list[dict[str, Any]]:
   """A record of each value; the metrics' names carry the number of samples unless that is 50,000."""
   samples = len(next(iter(result.spaces.values())).ratio)
-  number = '' if samples == 50_000 else f'_{samples // 1000}k' if samples % 1000 == 0 else f'_{samples}'
+  number = scores.carried(samples)
   sizes = {'unit': '', 'training_images': training_images, 'held_out_images': held_out_images}
   made = []
   for name, s in result.spaces.items():

@@ -10,7 +10,6 @@ With the standard library alone, like `report`.
 import argparse
 import itertools
 import math
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ from pathlib import Path
 from diffusion_jax import records
 from diffusion_jax.records import Row, Run, Unusable
 from diffusion_jax.svg import ends_of, number, plain, quantity, setting
+from diffusion_jax.terminal import answer
 
 SAID = ('step', 'sampler', 'nfe', 'guidance', 'ema', 'seed')  # of every row, besides its values
 
@@ -120,17 +120,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   parser.add_argument('--metric', default='', help='which, such as fid_5k,samples_per_second (default: all scores)')
   parser.add_argument('--all', action='store_true', help='every evaluation, not the newest of the last step alone')
   args = parser.parse_args(argv)
-  try:
-    answer = compared(records.read_runs(args.runs), [m for m in args.metric.split(',') if m], args.all)
-  except (Unusable, OSError) as e:
-    print(f'error: {plain(str(e))}', file=sys.stderr)
-    return 2
-  encoding = sys.stdout.encoding or 'utf-8'
-  try:
-    print(answer.encode(encoding, 'replace').decode(encoding), flush=True)
-  except BrokenPipeError:  # the reader has seen enough
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-  return 0
+  return answer(lambda: compared(records.read_runs(args.runs), [m for m in args.metric.split(',') if m], args.all))
 
 
 if __name__ == '__main__':

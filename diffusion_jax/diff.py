@@ -9,15 +9,15 @@ what another training seed would give is in none of them, and takes `report` ove
 """
 import argparse
 import math
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import NormalDist
 
 from diffusion_jax import comparison, records
-from diffusion_jax.records import Run, Unusable
+from diffusion_jax.records import Run
 from diffusion_jax.svg import duration, ends_of, number, plain, quantity, setting, shown
+from diffusion_jax.terminal import answer
 
 LEVEL = 0.95
 WIDE = 60  # characters of a value
@@ -211,17 +211,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   parser.add_argument('b', type=Path, metavar='RUN_B', help='folder of another')
   parser.add_argument('--all', action='store_true', help='every line, and long values in full')
   args = parser.parse_args(argv)
-  try:
-    answer = differences(*records.read_runs([args.a, args.b]), args.all)
-  except (Unusable, OSError) as e:
-    print(f'error: {plain(str(e))}', file=sys.stderr)
-    return 2
-  encoding = sys.stdout.encoding or 'utf-8'
-  try:
-    print(answer.encode(encoding, 'replace').decode(encoding), flush=True)
-  except BrokenPipeError:  # the reader has seen enough
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-  return 0
+  return answer(lambda: differences(*records.read_runs([args.a, args.b]), args.all))
 
 
 if __name__ == '__main__':

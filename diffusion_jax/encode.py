@@ -9,18 +9,12 @@ from diffusion_jax.data import sources
 from diffusion_jax.metrics import features, frechet, reference, weights
 from diffusion_jax.metrics.features import Extractor
 from diffusion_jax.metrics.reference import Reference
-from diffusion_jax.model import default_config
+from diffusion_jax.model import default_config, open_data
 from diffusion_jax.runtime import command, log, sharding
-from diffusion_jax.runtime.config import Config, UserError, explain, from_json
+from diffusion_jax.runtime.config import UserError, explain, from_json
 
 KEPT = 50_000  # features kept beside the moments; of more images, a random part
 OUTPUTS = ('features', 'sfid')  # whose moments are kept
-
-
-def open_data(data: Config, split: str) -> sources.Source:
-  """A split of the data of a config (config.data)."""
-  return sources.load(data.source, split, size=data.size, channels=data.channels, data_dir=data.data_dir,
-                      manual_dir=data.manual_dir, max_bad=data.max_bad)
 
 
 def encode(source: sources.Source, extractor: Extractor, max_bad: int) -> Reference:

@@ -24,7 +24,7 @@ from diffusion_jax import audit, efficiency, encode
 from diffusion_jax.data import sources
 from diffusion_jax.metrics import features, intervals, scores
 from diffusion_jax.metrics.features import Extractor
-from diffusion_jax.model import Trained
+from diffusion_jax.model import Trained, open_data
 from diffusion_jax.runtime import command, log
 from diffusion_jax.runtime.checkpoint import Checkpoints
 from diffusion_jax.runtime.config import Config, UserError, explain, from_json, nearest
@@ -143,11 +143,11 @@ class Evaluator:
       if self.flags.reference:
         ref = given(self.flags.reference, extractor)
       else:
-        ref = encode.encode(encode.open_data(data, split), extractor, data.max_bad)
+        ref = encode.encode(open_data(data, split), extractor, data.max_bad)
       held_out = None
       if held and ref.about['features_hash']:  # of published moments nobody says which weights saw them
         try:
-          held_out = encode.encode(encode.open_data(data, held), extractor, data.max_bad).features[:self.num]
+          held_out = encode.encode(open_data(data, held), extractor, data.max_bad).features[:self.num]
         except (ValueError, OSError) as e:
           warnings.warn(f'no floor is measured: {e}', stacklevel=2)
     return Against(extractor, ref, held_out, kinds, bool(self.flags.metrics))
@@ -205,7 +205,7 @@ class Evaluator:
     if not held:
       raise UserError("--audit compares with held-out images: set config.eval.held_out when training")
     with explain('--audit'):
-      real = [sources.arrays(encode.open_data(data, split), data.max_bad)[0] for split in (data.split, held)]
+      real = [sources.arrays(open_data(data, split), data.max_bad)[0] for split in (data.split, held)]
       name = against.extractor.name
       spaces = [{name: against.extractor.extract(images)['features']} for images in real]
       return audit.run(samples.folder, samples.images(), {name: seen['features']},

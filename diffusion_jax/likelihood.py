@@ -28,7 +28,7 @@ from tqdm import tqdm
 from diffusion_jax import model as model_lib
 from diffusion_jax.core import guidance, levels, likelihood
 from diffusion_jax.data import sources
-from diffusion_jax.metrics import intervals
+from diffusion_jax.metrics import intervals, scores
 from diffusion_jax.model import Model, Trained
 from diffusion_jax.runtime import command, log, sharding
 from diffusion_jax.runtime.config import Config, UserError, explain, flatten, nearest
@@ -61,11 +61,9 @@ class Job(NamedTuple):
 
 def load(config: Config, split: str, num: int | None, model: Model) -> Data:
   """All examples of a split of the run's data, or `num` of them; UserError if they do not fit the model."""
-  d = config.data
   with explain('data'):
-    source = sources.load(d.source, split, size=d.size, channels=d.channels, data_dir=d.data_dir,
-                          manual_dir=d.manual_dir, max_bad=d.max_bad)
-    images, labels = sources.arrays(source, d.max_bad)
+    source = model_lib.open_data(config.data, split)
+    images, labels = sources.arrays(source, config.data.max_bad)
   if images.shape[1:] != model.shape:
     raise UserError(f'the {split} split has images of shape {images.shape[1:]}, and the model was trained on '
                     f'{model.shape}: give a split of such images')
@@ -302,7 +300,7 @@ def _job(name: str, flags: Any, trained: Trained, data: Data) -> Job:
     with explain(name):
       grid = getattr(levels, settings['grid'])()(model.diffusion.process, settings['steps'], trained.params['process'])
   num = len(data.index)
-  carried = '' if flags.num is None else f'_{num // 1000}k' if num % 1000 == 0 else f'_{num}'
+  carried = '' if flags.num is None else scores.carried(num)
   common = {'estimator': name, 'run': pathlib.Path(flags.workdir).resolve().name, 'step': trained.step,
             'images': trained.images, 'ema': trained.ema, 'seed': flags.seed, 'batch_size': config.sample.batch_size,
             'num_samples': num, 'split': flags.split, 'conditional': bool(model.num_classes),

@@ -15,6 +15,7 @@ import optax
 from diffusion_jax.core import diffusion, ema, levels, losses, samplers, schedules, targets
 from diffusion_jax.core.diffusion import Diffusion
 from diffusion_jax.core.types import Array, Denoise
+from diffusion_jax.data import sources
 from diffusion_jax.nets import codecs, unet
 from diffusion_jax.runtime import optim, sharding, snapshots
 from diffusion_jax.runtime.checkpoint import Checkpoints, abstract_with
@@ -80,6 +81,12 @@ def default_config() -> Config:
           'held_out': 'test',     # scored against the reference as the floor; '': none
       },
   })
+
+
+def open_data(data: Config, split: str) -> sources.Source:
+  """A split of the data of a config (config.data); raises as `sources.load` does."""
+  return sources.load(data.source, split, size=data.size, channels=data.channels, data_dir=data.data_dir,
+                      manual_dir=data.manual_dir, max_bad=data.max_bad)
 
 
 def check(config: Config) -> None:

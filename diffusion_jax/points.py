@@ -11,13 +11,10 @@ import datetime
 import fnmatch
 import functools
 import hashlib
-import importlib
-import importlib.util
 import json
 import os
 import pathlib
 import re
-import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -55,17 +52,8 @@ def read_sweep(file: str) -> tuple[list[str], list[int], tuple[str, ...] | None]
     folder = pathlib.Path(file).parent
     names = [str(p) for p in [*folder.glob('*.py'), *folder.glob('*/sweep.py')]] if folder.is_dir() else []
     raise UserError(f'there is no sweep file {file!r}{nearest(file, names)}')
-  sys.path.insert(0, os.getcwd())
-  try:
-    module_spec = importlib.util.spec_from_file_location(pathlib.Path(file).stem, file)
-    module = importlib.util.module_from_spec(module_spec)
-    module_spec.loader.exec_module(module)
-  except UserError:
-    raise
-  except Exception as e:
-    raise UserError(f'sweep file {file!r} cannot be read: {type(e).__name__}: {e}') from e
-  finally:
-    sys.path.pop(0)
+  with config_lib.executed(file, f'sweep file {file!r}') as module:
+    pass
   for name in 'RUNS', 'SEEDS', 'get_config':
     if not hasattr(module, name):
       raise UserError(f'{file!r} has no {name}: a sweep file has RUNS, SEEDS and get_config(run)')

@@ -2,6 +2,7 @@
 import dataclasses
 import itertools
 import json
+import os
 import pathlib
 import signal
 import sys
@@ -100,10 +101,8 @@ class Schedule:
 
 def open_source(config: Config) -> sources.Source:
   """The data set that a config names; UserError if it cannot be had."""
-  d = config.data
   with explain('config.data'):
-    return sources.load(d.source, d.split, size=d.size, channels=d.channels, data_dir=d.data_dir,
-                        manual_dir=d.manual_dir, max_bad=d.max_bad)
+    return model_lib.open_data(config.data, config.data.split)
 
 
 def claim(workdir: pathlib.Path, config: Config, allow_changes: bool) -> None:
@@ -341,6 +340,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     return dry_run(config)
   if not flags.workdir:
     raise UserError('give --workdir=FOLDER, where the run is kept')
+  if int(os.environ.get('DIFFUSION_JAX_NUM_PROCESSES') or 1) > 1:  # each would write the same folder
+    raise UserError('training runs in one process: launch it with one process on one node')
   return train(config, pathlib.Path(flags.workdir), flags.override, flags.profile)
 
 

@@ -11,7 +11,7 @@ FILES = sorted([*ROOT.glob('diffusion_jax/**/*.py'), *ROOT.glob('launch/**/*.py'
 NAMES = [str(path.relative_to(ROOT)) for path in FILES]
 # Commands that work where no jax is installed, and what they are made of: the standard library and each other.
 ALONE = {'report', 'compare', 'diff', 'records', 'seeds', 'quality', 'comparison', 'tradeoff', 'verdict', 'gallery',
-         'curves', 'svg'}
+         'curves', 'svg', 'terminal'}
 LEAVES = {'core', 'nets', 'data', 'metrics', 'runtime'}
 every_file = pytest.mark.parametrize('name', NAMES)
 

@@ -14,7 +14,7 @@ from diffusion_jax.metrics.kernel import kid, mmd2_blocks
 from diffusion_jax.metrics.precision_recall import neighbours
 from diffusion_jax.metrics.reference import Reference
 
-__all__ = ['DEFAULTS', 'KINDS', 'Score', 'available', 'floor', 'named', 'scores']
+__all__ = ['DEFAULTS', 'KINDS', 'Score', 'available', 'carried', 'floor', 'named', 'scores']
 STANDARD = 50_000      # samples that a name does not mention
 NEIGHBOURS = 10_000    # samples on each side for what rests on nearest neighbours, as Dhariwal & Nichol (2021) take
 KS = 3, 5              # which nearest neighbour: of precision and recall, of density and coverage
@@ -38,9 +38,14 @@ def named(kind: str, extractor: str, samples: int) -> str:
     base = {'fd': 'fid', 'sfd': 'sfid', 'fd_infinity': 'fid_infinity'}.get(kind, kind)
   else:
     base = f'{kind}_{extractor}'
+  return base + carried(samples)
+
+
+def carried(samples: int) -> str:
+  """What a name says of the number of samples: '' of 50,000, '_5k', '_500'."""
   if samples == STANDARD:
-    return base
-  return f'{base}_{samples // 1000}k' if samples % 1000 == 0 else f'{base}_{samples}'
+    return ''
+  return f'_{samples // 1000}k' if samples % 1000 == 0 else f'_{samples}'
 
 
 def scores(extractor: str, found: Mapping[str, np.ndarray], ref: Reference, labels: Sequence[int] | None,

@@ -16,6 +16,7 @@ import os
 import pathlib
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from types import ModuleType
 from typing import Any
 
 import ml_collections
@@ -106,21 +107,31 @@ def load(path: str) -> Config:
     raise UserError(f'there is no config file {file!r}{nearest(file, names)}')
   if file.endswith('.json'):
     return from_json(pathlib.Path(file))
-  sys.path.insert(0, os.getcwd())  # config files import their neighbours: configs.digits
+  with executed(file, f'config file {path!r}') as module:
+    config = module.get_config(run) if run else module.get_config()
+  if not isinstance(config, Config):
+    raise UserError(f'config file {path!r}: get_config must return a ConfigDict, got {type(config).__name__}')
+  return config
+
+
+@contextlib.contextmanager
+def executed(file: str, what: str) -> Iterator[ModuleType]:
+  """The module of a Python file of the user's, which may import from the working folder: configs.digits.
+
+  Whatever it raises, in the block too, becomes a UserError that begins with `what`.
+  """
+  sys.path.insert(0, os.getcwd())
   try:
     module_spec = importlib.util.spec_from_file_location(pathlib.Path(file).stem, file)
     module = importlib.util.module_from_spec(module_spec)
     module_spec.loader.exec_module(module)
-    config = module.get_config(run) if run else module.get_config()
+    yield module
   except UserError:
     raise
   except Exception as e:
-    raise UserError(f'config file {path!r} cannot be read: {type(e).__name__}: {e}') from e
+    raise UserError(f'{what} cannot be read: {type(e).__name__}: {e}') from e
   finally:
     sys.path.pop(0)
-  if not isinstance(config, Config):
-    raise UserError(f'config file {path!r}: get_config must return a ConfigDict, got {type(config).__name__}')
-  return config
 
 
 def choose(runs: Mapping[str, Any], run: str) -> Any:
