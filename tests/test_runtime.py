@@ -3,12 +3,15 @@ import itertools
 import json
 import math
 import os
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from conftest import ROOT
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -293,3 +296,12 @@ def test_cpu_devices_stay_once_they_are_in_use():
   count = jax.device_count()
   sharding.use_cpu_cores(64)
   assert jax.device_count() == count == 8
+
+
+def test_a_closed_pipe_ends_a_command_without_a_traceback():
+  code = 'from diffusion_jax.runtime import command; command.run(lambda argv: [print("x" * 9999) for _ in range(99)])'
+  process = subprocess.Popen([sys.executable, '-c', f'import sys; {code}; sys.exit(0)'], stdout=subprocess.PIPE,
+                             stderr=subprocess.PIPE, cwd=ROOT)
+  process.stdout.read(1)
+  process.stdout.close()
+  assert b'Traceback' not in process.stderr.read() and process.wait() == 0

@@ -61,3 +61,6 @@ def run(main: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None 
   except KeyboardInterrupt:
     print('interrupted', file=sys.stderr)
     return 130
+  except BrokenPipeError:  # who read the output has gone: `| head`
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 141
