@@ -36,7 +36,8 @@ class Point(NamedTuple):
 
 
 class Plan(NamedTuple):
-  """A sweep: its points, in the order of RUNS and then of SEEDS."""
+  """A sweep: its points, every run with the first seed before any with the next: early results compare, and the runs
+  of one config, which share compiled programs, do not begin together."""
   sweep: str          # the sweep file
   file_hash: str
   evaluate: tuple[str, ...] | None  # flags of `diffusion-jax evaluate`; None: points are trained only
@@ -88,8 +89,8 @@ def plan(file: str, root: pathlib.Path, again: bool = False) -> Plan:
   from diffusion_jax import model as model_lib
   runs, seeds, evaluate = read_sweep(file)
   code, made, points, hashes = code_version(), folders(root), [], {}
-  for run in runs:
-    for seed in seeds:
+  for seed in seeds:
+    for run in runs:
       name = f'{run}-s{seed}'
       config = config_lib.load(f'{file}:{name}')
       try:

@@ -15,7 +15,7 @@ from diffusion_jax import model as model_lib
 from diffusion_jax.core import diffusion, ema, schedules
 from diffusion_jax.core.types import Array
 from diffusion_jax.model import Model
-from diffusion_jax.runtime.config import build
+from diffusion_jax.runtime.config import Config, build
 from diffusion_jax.runtime.state import TrainState
 
 BINS = np.linspace(-16, 16, 17)  # edges of the logsnr bins; what lies outside counts in the outer ones
@@ -52,19 +52,20 @@ class Metrics(clu_metrics.Collection):
 
 
 def make_step(model: Model, optimizer: optax.GradientTransformation) -> Callable:
-  """steps(state, metrics, data, batches) -> (state, metrics), one step for each along the first axis of `batches`.
+  """steps(root, state, metrics, data, batches) -> (state, metrics), a step for each along the first axis of `batches`.
 
+  root: the key of all randomness, which is a function of (root, step); see `root_key`.
   data: the whole data set on the device, images uint8 [N, *S, C] and labels [N], and batches are indices [K, B]; or
-  None, and batches are themselves (images [K, B, *S, C], labels [K, B]). Randomness is a function of (seed, step).
+  None, and batches are themselves (images [K, B, *S, C], labels [K, B]).
   """
   config = model.config
   draw, process = model.draw, model.diffusion.process
   rates = {name: build(spec) for name, spec in config.ema.items()}
   size, parts = config.train.batch_size, config.train.accumulate
-  root = model_lib.key(config.seed, 'train')
-  schedules.check_terminal(process, process.init(root))  # warns if sampling would start where training never was
+  # Warns if sampling would start where training never was.
+  schedules.check_terminal(process, process.init(root_key(config)))
 
-  def one_step(carry, batch):
+  def one_step(root, carry, batch):
     state, metrics = carry
     images, labels = batch
     flip_key, drop_key, level_key, eps_key, dropout_key = jax.random.split(jax.random.fold_in(root, state.step), 5)
@@ -100,12 +101,17 @@ def make_step(model: Model, optimizer: optax.GradientTransformation) -> Callable
     remembered = draw.update(state.draw, level, losses, process, state.params['process'])
     return (TrainState(state.step + 1, params, opt_state, emas, remembered), metrics), None
 
-  def steps(state, metrics, data, batches):
+  def steps(root, state, metrics, data, batches):
     fetch = lambda batch: jax.tree.map(lambda a: a[batch], data) if data else batch
-    body = lambda carry, batch: one_step(carry, fetch(batch))
+    body = lambda carry, batch: one_step(root, carry, fetch(batch))
     return loop(body, (state, metrics), batches)[0]
 
   return steps
+
+
+def root_key(config: Config) -> Array:
+  """The key that the randomness of all train steps comes from."""
+  return model_lib.key(config.seed, 'train')
 
 
 def mirror(key: Array, images: Array) -> Array:
@@ -147,11 +153,11 @@ class Steps:
   """
   IN_FLIGHT = 8
 
-  def __init__(self, compiled: jax.stages.Compiled):
-    self.compiled, self.unfinished = compiled, collections.deque()
+  def __init__(self, compiled: jax.stages.Compiled, root: Array):
+    self.compiled, self.root, self.unfinished = compiled, root, collections.deque()
 
   def __call__(self, *arguments: Any) -> tuple[TrainState, Metrics]:
-    state, metrics, done = self.compiled(*arguments)
+    state, metrics, done = self.compiled(self.root, *arguments)
     self.unfinished.append(done)
     if len(self.unfinished) == self.IN_FLIGHT:
       self.unfinished.popleft().block_until_ready()
@@ -164,10 +170,11 @@ def compile_step(model: Model, optimizer: Any, *arguments: Any) -> tuple[Steps |
     return None, 0.0
   steps, start = make_step(model, optimizer), time.perf_counter()
 
-  def call(*arguments):
-    state, metrics = steps(*arguments)
+  def call(root, *arguments):  # the root is an argument so that seeds share one compiled program
+    state, metrics = steps(root, *arguments)
     return state, metrics, state.step  # the state is donated to the next call: something must stay to be waited for
 
   where = jax.tree.map(lambda a: a.sharding, arguments[:2])
-  jitted = jax.jit(call, donate_argnums=(0, 1), out_shardings=(*where, where[0].step))
-  return Steps(jitted.lower(*arguments).compile()), time.perf_counter() - start
+  jitted = jax.jit(call, donate_argnums=(1, 2), out_shardings=(*where, where[0].step))
+  root = jax.device_put(root_key(model.config), where[0].step)
+  return Steps(jitted.lower(root, *arguments).compile(), root), time.perf_counter() - start

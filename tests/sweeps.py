@@ -15,7 +15,7 @@ def get_config(run):
   name, _, seed = run.rpartition('-s')
   return tiny_config(process=RUNS[name], seed=seed, train__images=64, sample__steps=2, eval__held_out='')
 '''
-NAMES = ['cosine-s0', 'cosine-s1', 'linear-s0', 'linear-s1']
+NAMES = ['cosine-s0', 'linear-s0', 'cosine-s1', 'linear-s1']
 # A config that costs nothing to load, for processes that are killed; no train ever reads it.
 LIGHT = '''
 from diffusion_jax.runtime.config import Config

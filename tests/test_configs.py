@@ -44,7 +44,8 @@ def test_shrunk_config_takes_a_step(name, run):
   before = np.asarray(state.params['net']['conv_out']['kernel'])
   rng = np.random.default_rng(0)
   batch = (jnp.asarray(rng.integers(0, 256, (1, 4, 8, 8, shape[-1])), jnp.uint8), jnp.zeros((1, 4), jnp.int32))
-  state, metrics = jit(train.make_step(model, optimizer), static_argnums=2)(state, train.Metrics.empty(), None, batch)
+  steps = jit(train.make_step(model, optimizer), static_argnums=3)
+  state, metrics = steps(jax.random.key(1), state, train.Metrics.empty(), None, batch)
   assert np.isfinite(metrics.compute()['loss'])
   assert np.any(np.asarray(state.params['net']['conv_out']['kernel']) != before)
 

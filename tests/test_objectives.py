@@ -16,7 +16,7 @@ from diffusion_jax.runtime import config as config_lib
 from diffusion_jax.runtime import sharding
 from diffusion_jax.runtime.checkpoint import Checkpoints
 from diffusion_jax.runtime.config import UserError, build, override, parse_call, spec
-from diffusion_jax.step import make_step
+from diffusion_jax.step import Metrics, make_step
 
 
 def small_config(outputs=1, **changes):
@@ -138,6 +138,17 @@ def test_a_schedule_that_never_shows_pure_noise_is_trained_with_a_warning():
   with warnings.catch_warnings():
     warnings.simplefilter('error')
     make_step(model_lib.make(small_config(), (8, 8, 1), 10), optimizer)
+
+
+def test_seeds_share_one_compiled_program():
+  def program(seed):
+    model, optimizer = model_lib.make(small_config(seed=seed), (8, 8, 1), 10), optax.sgd(0.1)
+    state = jax.eval_shape(lambda key: model_lib.initial_state(model, optimizer, key), jax.random.key(0))
+    batch = jax.ShapeDtypeStruct((1, 16, 8, 8, 1), jnp.uint8), jax.ShapeDtypeStruct((1, 16), jnp.int32)
+    step = jax.jit(make_step(model, optimizer), static_argnums=3)
+    return step.lower(jax.random.key(0), state, jax.eval_shape(Metrics.empty), None, batch).as_text()
+
+  assert program(0) == program(1)
 
 
 @pytest.mark.parametrize('name', levels.DRAWS)

@@ -92,7 +92,7 @@ def collected(world, tmp_path, words=''):
 
 def test_collect_gives_mean_and_standard_error(finished, tmp_path, capsys):
   world, write = finished
-  for name, value in zip(NAMES, (1, 4, 10, 20), strict=True):
+  for name, value in zip(sorted(NAMES), (1, 4, 10, 20), strict=True):
     write(name, record(value), record(0, ema='raw'), record(7 * value, step=2), record(3, 'fd_digits_24_floor'))
   capsys.readouterr()
   found = collected(world, tmp_path)

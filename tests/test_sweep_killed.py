@@ -40,7 +40,7 @@ def test_run_killed_at_any_write_or_launch_loses_and_doubles_nothing(world, monk
       break
   left = 100
   world('run')
-  assert moment > 5 and {*world.states().values()} == {'finished'} and sorted(Children.trained) == NAMES
+  assert moment > 5 and {*world.states().values()} == {'finished'} and sorted(Children.trained) == sorted(NAMES)
 
 
 @pytest.mark.parametrize('moment', range(4))
@@ -51,7 +51,7 @@ def test_a_launcher_killed_while_submitting(world, moment):
   world.fake.die = 10 ** 9
   world('run')
   world('run')
-  assert sorted(Children.trained) == NAMES and sorted(world.fake.calls) == NAMES
+  assert sorted(Children.trained) == sorted(NAMES) and sorted(world.fake.calls) == sorted(NAMES)
 
 
 def test_jobs_submitted_twice_are_run_once(world, capsys):
@@ -169,8 +169,8 @@ def test_cancel_reaches_the_launcher_and_run_lifts_it(world):
   world.fake.here = False
   world('run')
   assert world('cancel --only=cosine') == 0
-  assert world.fake.cancelled == [f'id-{world.folder(name).name}' for name in NAMES[:2]]
-  for name in NAMES[:1], NAMES[2:3]:
+  assert world.fake.cancelled == [f'id-{world.folder(name).name}' for name in NAMES[::2]]
+  for name in NAMES[:1], NAMES[1:2]:
     sweep.main(['point', world.file, f'--root={world.root}', '--name', *name])
   assert Children.trained == ['linear-s0']  # the other was cancelled, wherever its job still was
   world.fake.here = True

@@ -53,6 +53,7 @@ def run(main: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None 
   if not os.environ.get('JAX_COMPILATION_CACHE_DIR'):
     cache = pathlib.Path(os.environ.get('XDG_CACHE_HOME') or '~/.cache').expanduser() / 'diffusion_jax'
     jax.config.update('jax_compilation_cache_dir', str(cache))
+    jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.05)  # dozens of small ones come to seconds
   try:
     return main(argv)
   except UserError as e:
