@@ -7,9 +7,8 @@ import pathlib
 import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent import futures
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,47 +18,22 @@ from clu import parameter_overview, profiler
 from tqdm import tqdm
 
 from diffusion_jax import model as model_lib
-from diffusion_jax.core import schedules
-from diffusion_jax.data import card, pipeline, sources
+from diffusion_jax.batches import Batches, open_source
+from diffusion_jax.data import sources
+from diffusion_jax.folder import claim, describe, write_about, write_card
 from diffusion_jax.model import Model
 from diffusion_jax.posthoc_ema import save_snapshot
-from diffusion_jax.runtime import checkpoint, command, log, optim, sharding
+from diffusion_jax.previews import Previews
+from diffusion_jax.runtime import checkpoint, command, log, sharding
 from diffusion_jax.runtime import config as config_lib
 from diffusion_jax.runtime.config import Config, UserError, explain
-from diffusion_jax.runtime.state import TrainState, fingerprint, num_parameters
-from diffusion_jax.sample import Generator, columns_of, labels_of, png, tile
-from diffusion_jax.step import BINS, Metrics, compile_step, initialise, make_step
+from diffusion_jax.runtime.state import fingerprint, num_parameters
+from diffusion_jax.step import Metrics, compile_step, initialise, make_step
 
 
 class NotFinite(UserError):
   """The loss or a gradient is no longer a number."""
   status = 1
-
-
-class Batches:
-  """The batches of a config, as step functions take them: a function of (seed, step, process)."""
-
-  def __init__(self, config: Config, source: Any, mesh: jax.sharding.Mesh):
-    self.config, self.source, self.mesh = config, source, mesh
-    self.data = None
-    if source.nbytes <= config.data.resident_gib * 2 ** 30:
-      with explain('config.data'):
-        arrays = sources.arrays(source, config.data.max_bad)
-      self.data = tuple(jax.device_put(a, sharding.replicated(mesh)) for a in arrays)
-
-  def __call__(self, start: int, stop: int) -> Iterator[Any]:
-    """What each call of the steps start .. stop takes, steps_per_call steps at a time."""
-    train, where = self.config.train, (jax.process_index(), jax.process_count())
-    if self.data is not None:
-      singles = (pipeline.indices(self.config.seed, step, train.batch_size, len(self.data[0]), *where).astype(np.int32)
-                 for step in range(start, stop))
-    else:
-      singles = pipeline.stream(self.source, self.config.seed, train.batch_size, start, stop, process=where[0],
-                                num_processes=where[1], workers=self.config.data.workers,
-                                max_bad=self.config.data.max_bad)
-    with explain('config.data'):
-      while group := tuple(itertools.islice(singles, train.steps_per_call)):
-        yield jax.tree.map(lambda *a: sharding.put_batch(np.stack(a), self.mesh, axis=1), *group)
 
 
 class Interrupt:
@@ -99,49 +73,6 @@ class Schedule:
     return step % every == 0 or step == self.total
 
 
-def open_source(config: Config) -> sources.Source:
-  """The data set that a config names; UserError if it cannot be had."""
-  with explain('config.data'):
-    return model_lib.open_data(config.data, config.data.split)
-
-
-def claim(workdir: pathlib.Path, config: Config, allow_changes: bool) -> None:
-  """Writes config.json, or compares it with the one there: UserError names what differs, unless changes are allowed."""
-  path = workdir / 'config.json'
-  if path.exists():
-    changed = config_lib.differences(config_lib.from_json(path), config)
-    if changed and not allow_changes:
-      raise UserError(f'{str(workdir)!r} holds a run with another config ({"; ".join(changed[:5])}'
-                      f'{f"; and {len(changed) - 5} more" if len(changed) > 5 else ""}): '
-                      f'give another --workdir, or continue that run with this config by --override')
-    if changed:
-      log.append(workdir / 'overrides.jsonl', {'time': log.now(), 'changed': changed})
-  log.write(path, config_lib.to_json(config))
-
-
-def write_about(workdir: pathlib.Path, model: Model, source: sources.Source, parameters: int) -> None:
-  """The records that say what is trained on what: data.json, schedule.json, run.json."""
-  log.write_json(workdir / 'data.json', {
-      'source': source.name, 'split': source.split, 'shape': source.shape, 'num_examples': len(source),
-      'num_classes': source.num_classes, 'class_names': source.class_names})
-  process, t = model.diffusion.process, np.linspace(0, 1, 201)
-  start = process.init(model_lib.key(model.config.seed, 'init'))  # a learned schedule's: where training begins
-  level = process.path.level(jnp.asarray(schedules.evaluate(process, t, start), jnp.float32))
-  log.write_json(workdir / 'schedule.json', {'t': t, **level._asdict()})
-  log.write_json(workdir / 'run.json', {'started': log.now(), 'command': sys.argv, 'parameters': parameters,
-                                        **log.provenance()})
-
-
-def write_card(workdir: pathlib.Path, config: Config, source: sources.Source, arrays: Sequence[np.ndarray]) -> None:
-  """data_card.json, unless one of the same settings is there; `arrays` are images and labels if they are in memory."""
-  made_with = log.plain({**config.data, 'held_out': config.eval.held_out, 'count': len(source), 'shape': source.shape})
-  if not card.matches(path := workdir / 'data_card.json', made_with):
-    options = {key: config.data[key] for key in ('size', 'channels', 'data_dir', 'manual_dir', 'max_bad')}
-    with explain('config.data'):
-      about = card.card(source, *arrays, held_out=config.eval.held_out, **options)
-    log.write_json(path, {**about, 'made_with': made_with})
-
-
 def train(config: Config, workdir: pathlib.Path, allow_changes: bool = False, profile: bool = False) -> int:
   """Trains, or resumes, in `workdir`; returns the exit status: 0 finished, 75 interrupted with everything saved.
 
@@ -161,7 +92,7 @@ def train(config: Config, workdir: pathlib.Path, allow_changes: bool = False, pr
 
 
 def fit(model: Model, optimizer: optax.GradientTransformation, source: sources.Source, mesh: jax.sharding.Mesh,
-        workdir: pathlib.Path, previews: 'Previews', interrupt: Interrupt, profile: bool) -> int:
+        workdir: pathlib.Path, previews: Previews, interrupt: Interrupt, profile: bool) -> int:
   """The one training loop: restores or initialises, then step after step to the end or to an interrupt."""
   config, done_path, schedule = model.config, workdir / 'done.json', Schedule.of(model.config.train)
   abstract = model_lib.abstract_state(model, mesh)
@@ -251,41 +182,6 @@ def fit(model: Model, optimizer: optax.GradientTransformation, source: sources.S
   print(f'{images:,} images in {seconds:.1f} s, {rate:,.0f} images/s (compilation {compile_seconds:.1f} s apart) '
         f'-> {workdir}')
   return 0
-
-
-def describe(values: dict[str, Any], config: Config, step: int, since: int, seconds: float,
-             seconds_since: float) -> dict[str, Any]:
-  """A record of metrics.jsonl: averages over the steps since the last one."""
-  size = config.train.batch_size
-  rate = optim.learning_rate(**config.learning_rate, total_images=config.train.images, batch_size=size)
-  return {
-      'step': step, 'images': step * size, 'seconds': seconds,
-      'loss': float(values['loss']), 'grad_norm': float(values['grad_norm']),
-      'images_per_second': (step - since) * size / max(seconds - seconds_since, 1e-9),
-      'learning_rate': float(rate(step - 1)),
-      'logsnr_bins': BINS.tolist(), 'loss_by_logsnr': values['loss_by_logsnr'].tolist()}
-
-
-class Previews:
-  """Sample grids while training: the same ids each time, by the first average."""
-
-  def __init__(self, model: Model, mesh: jax.sharding.Mesh, workdir: pathlib.Path):
-    self.model, self.folder = model, workdir / 'samples'
-    count = model.config.sample.batch_size // mesh.size * mesh.size or mesh.size
-    with model.config.unlocked():
-      settings = Config({**model.config.sample, 'batch_size': count})
-    self.generator = Generator(model, settings, model.config.seed, mesh)
-
-  def write(self, state: TrainState, step: int) -> np.ndarray:
-    """Writes samples/<images>.png and returns the picture."""
-    average = state.emas[next(iter(state.emas))]
-    ids = range(min(self.generator.batch_size, 100))
-    images = self.generator(average, ids, labels_of(ids, self.model.num_classes))
-    if images.ndim != 4 or images.shape[-1] not in (1, 3):
-      return np.zeros((1, 1, 3), np.uint8)  # signals and volumes have no picture
-    picture = tile(images, columns_of(self.model, len(images)))
-    log.write(self.folder / f'{step * self.model.config.train.batch_size:09d}.png', png(picture))
-    return picture
 
 
 def dry_run(config: Config) -> int:

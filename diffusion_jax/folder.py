@@ -1,0 +1,67 @@
+"""What a run folder says of its run: the config, the data, the schedule, what was run, and how it goes."""
+import pathlib
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from diffusion_jax import model as model_lib
+from diffusion_jax.core import schedules
+from diffusion_jax.data import card, sources
+from diffusion_jax.model import Model
+from diffusion_jax.runtime import config as config_lib
+from diffusion_jax.runtime import log, optim
+from diffusion_jax.runtime.config import Config, UserError, explain
+from diffusion_jax.step import BINS
+
+
+def claim(workdir: pathlib.Path, config: Config, allow_changes: bool) -> None:
+  """Writes config.json, or compares it with the one there: UserError names what differs, unless changes are allowed."""
+  path = workdir / 'config.json'
+  if path.exists():
+    changed = config_lib.differences(config_lib.from_json(path), config)
+    if changed and not allow_changes:
+      raise UserError(f'{str(workdir)!r} holds a run with another config ({"; ".join(changed[:5])}'
+                      f'{f"; and {len(changed) - 5} more" if len(changed) > 5 else ""}): '
+                      f'give another --workdir, or continue that run with this config by --override')
+    if changed:
+      log.append(workdir / 'overrides.jsonl', {'time': log.now(), 'changed': changed})
+  log.write(path, config_lib.to_json(config))
+
+
+def write_about(workdir: pathlib.Path, model: Model, source: sources.Source, parameters: int) -> None:
+  """The records that say what is trained on what: data.json, schedule.json, run.json."""
+  log.write_json(workdir / 'data.json', {
+      'source': source.name, 'split': source.split, 'shape': source.shape, 'num_examples': len(source),
+      'num_classes': source.num_classes, 'class_names': source.class_names})
+  process, t = model.diffusion.process, np.linspace(0, 1, 201)
+  start = process.init(model_lib.key(model.config.seed, 'init'))  # a learned schedule's: where training begins
+  level = process.path.level(jnp.asarray(schedules.evaluate(process, t, start), jnp.float32))
+  log.write_json(workdir / 'schedule.json', {'t': t, **level._asdict()})
+  log.write_json(workdir / 'run.json', {'started': log.now(), 'command': sys.argv, 'parameters': parameters,
+                                        **log.provenance()})
+
+
+def write_card(workdir: pathlib.Path, config: Config, source: sources.Source, arrays: Sequence[np.ndarray]) -> None:
+  """data_card.json, unless one of the same settings is there; `arrays` are images and labels if they are in memory."""
+  made_with = log.plain({**config.data, 'held_out': config.eval.held_out, 'count': len(source), 'shape': source.shape})
+  if not card.matches(path := workdir / 'data_card.json', made_with):
+    options = {key: config.data[key] for key in ('size', 'channels', 'data_dir', 'manual_dir', 'max_bad')}
+    with explain('config.data'):
+      about = card.card(source, *arrays, held_out=config.eval.held_out, **options)
+    log.write_json(path, {**about, 'made_with': made_with})
+
+
+def describe(values: dict[str, Any], config: Config, step: int, since: int, seconds: float,
+             seconds_since: float) -> dict[str, Any]:
+  """A record of metrics.jsonl: averages over the steps since the last one."""
+  size = config.train.batch_size
+  rate = optim.learning_rate(**config.learning_rate, total_images=config.train.images, batch_size=size)
+  return {
+      'step': step, 'images': step * size, 'seconds': seconds,
+      'loss': float(values['loss']), 'grad_norm': float(values['grad_norm']),
+      'images_per_second': (step - since) * size / max(seconds - seconds_since, 1e-9),
+      'learning_rate': float(rate(step - 1)),
+      'logsnr_bins': BINS.tolist(), 'loss_by_logsnr': values['loss_by_logsnr'].tolist()}

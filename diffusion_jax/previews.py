@@ -1,0 +1,33 @@
+"""Pictures of samples while a model is trained."""
+import pathlib
+
+import jax
+import numpy as np
+
+from diffusion_jax.model import Model
+from diffusion_jax.runtime import log
+from diffusion_jax.runtime.config import Config
+from diffusion_jax.runtime.state import TrainState
+from diffusion_jax.sample import Generator, columns_of, labels_of, png, tile
+
+
+class Previews:
+  """Sample grids: the same ids each time, by the first average."""
+
+  def __init__(self, model: Model, mesh: jax.sharding.Mesh, workdir: pathlib.Path):
+    self.model, self.folder = model, workdir / 'samples'
+    count = model.config.sample.batch_size // mesh.size * mesh.size or mesh.size
+    with model.config.unlocked():
+      settings = Config({**model.config.sample, 'batch_size': count})
+    self.generator = Generator(model, settings, model.config.seed, mesh)
+
+  def write(self, state: TrainState, step: int) -> np.ndarray:
+    """Writes samples/<images>.png and returns the picture."""
+    average = state.emas[next(iter(state.emas))]
+    ids = range(min(self.generator.batch_size, 100))
+    images = self.generator(average, ids, labels_of(ids, self.model.num_classes))
+    if images.ndim != 4 or images.shape[-1] not in (1, 3):
+      return np.zeros((1, 1, 3), np.uint8)  # signals and volumes have no picture
+    picture = tile(images, columns_of(self.model, len(images)))
+    log.write(self.folder / f'{step * self.model.config.train.batch_size:09d}.png', png(picture))
+    return picture
