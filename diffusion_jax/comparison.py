@@ -130,22 +130,24 @@ def over_names(compared: Compared | None, found: Verdict | None) -> str:
   if compared is None or len(compared.chosen) < 2:
     return ''
   metric, names = compared.column.metric, by_name(compared)
-  rows = ''
-  for name, members in names.items():
-    values = [v for _, record in members if (v := number(record.get('value'))) is not None]
-    mean = statistics.fmean(values) if values else None
+  rows, values_of = '', {name: [v for _, record in members if (v := number(record.get('value'))) is not None]
+                         for name, members in names.items()}
+  means = {name: statistics.fmean(values) for name, values in values_of.items() if values}
+  sign = -1 if records.better(metric) == records.HIGHER else 1
+  for name in sorted(names, key=lambda name: (name not in means, sign * means.get(name, 0))):  # the best one first
+    members, values, mean = names[name], values_of[name], means.get(name)
     error = statistics.stdev(values) / len(values) ** .5 if len(values) > 1 else None
     spread = f' ± {quantity(metric, error, mean)}' if error is not None else ''
     each = ', '.join(linked(run, record, quantity(metric, record.get('value'))) for run, record in members)
-    sign = ''
+    mark = ''
     if found and name in found.group:
-      sign = f'<small>{"best" if name == found.best else "not separable from the best"}</small>'
+      mark = f'<small>{"best" if name == found.best else "not separable from the best"}</small>'
     seconds = [number(run.done.get('seconds')) for run, _ in members]
     known = [s for s in seconds if s is not None]
     time = sum(known) / len(known) if known else None
     images, calls = ([number(record.get(key)) for _, record in members] for key in ('images', 'nfe'))
     cells = ''.join(f'<td{sort_by(low(of))}>{spans(of)}</td>' for of in (images, calls))
-    rows += (f'<tr><th scope="row">{svg.swatch(members[0][0].colour)}{text(name)}{sign}</th>'
+    rows += (f'<tr><th scope="row">{svg.swatch(members[0][0].colour)}{text(name)}{mark}</th>'
              f'<td{sort_by(mean)}>{quantity(metric, mean)}{spread}</td>'
              f'<td{sort_by(len(values))}>{len(values)}</td><td{sort_by(low(values))}>{each}</td>{cells}'
              f'<td{sort_by(time)}>{duration(time)}</td></tr>')

@@ -121,19 +121,23 @@ def abreast(runs: Sequence[Run]) -> list[Run]:
 
 
 def samples(runs: Sequence[Run]) -> str:
-  """A picture of each run, of the same ids: all of them without a script, two at a time with the page's."""
-  pictures = [(run, path) for run in abreast(runs) for path in (found(run, 'grid.png') or previews(run)[-1:])[:1]]
+  """A picture of each run, of the same ids: all of them without a script, two at a time with the page's.
+
+  Pictures made while training stand for runs only where no run has been sampled since: their noise is another.
+  """
+  sampled = [run for run in abreast(runs) if found(run, 'grid.png')]
+  pictures = ([(run, found(run, 'grid.png')[0]) for run in sampled]
+              or [(run, previews(run)[-1]) for run in abreast(runs) if previews(run)])
   kept, rows = fitting(pictures, SAMPLES)
-  figures, kinds = '', set()
+  figures = ''
   for run, path, data in kept:
-    during = path.stem.isdecimal()
-    kinds.add(during)
-    when = f'{int(path.stem):,} images' if during else f'samples/{path.parent.name}'
+    when = f'samples/{path.parent.name}' if sampled else f'{int(path.stem):,} images'
     picture = svg.picture(path, f'{run.label}: {when}', f'Grid of samples of {run.label}: {when}', 480, data)
     figures += f'<div class="one" {label(run)}>{picture}</div>'
   said = ('The same places hold the same ids: the same noise, where samples were drawn with one --seed'
           f'{f"; rows shown of each grid: {rows}" * bool(rows)}.')
-  said += ' Some pictures were made while training, others after it: their noise differs.' * (len(kinds) > 1)
+  said += f' Of {len(sampled)} of {len(runs)} runs: of the others none was drawn after training.' * (
+      0 < len(sampled) < len(runs))
   return (f'<p class="note">{said}</p><div class="flip" role="group" aria-label="Samples">{figures}</div>' * bool(kept)
           + left_out(pictures, kept))
 

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 NOTHING = '&ndash;'  # where a number is missing
-MOST_DOTS = 600  # of a chart that say their values
+BEND = 0.1  # pixels of 420 that a curve may be straightened by
+MOST_DOTS = 300  # of a chart that say their values
 
 
 # Numbers and words
@@ -145,13 +146,27 @@ def tick_label(value: float) -> str:
 
 def outline(points: Sequence, x: Callable, y: Callable) -> str:
   """An SVG path: the pen is lifted at a gap, and a point between two gaps is a dot."""
-  path, down = '', False
-  for at, value in points:
-    gap = at is None or value is None
-    if not gap:
-      path += f'{"L" if down else "M"}{x(at):.1f},{y(value):.1f}{"" if down else "h0"}'
-    down = not gap
+  path = ''
+  for gap, run in groupby(points, key=lambda point: None in point):
+    for i, (across, down) in enumerate(() if gap else straightened([(x(at), y(value)) for at, value in run])):
+      path += f'{"L" if i else "M"}{across:.1f},{down:.1f}{"" if i else "h0"}'
   return path
+
+
+def straightened(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+  """A line through fewer points, nowhere further than BEND from the one through all (Douglas & Peucker 1973)."""
+  kept, waiting = {0, len(points) - 1}, [(0, len(points) - 1)]
+  while waiting:
+    first, last = waiting.pop()
+    (x0, y0), (x1, y1) = points[first], points[last]
+    length = math.hypot(x1 - x0, y1 - y0)
+    away = [abs((x1 - x0) * (y - y0) - (y1 - y0) * (x - x0)) / length if length else math.hypot(x - x0, y - y0)
+            for x, y in points[first + 1:last]]
+    if away and max(away) > BEND:
+      middle = first + 1 + away.index(max(away))
+      kept.add(middle)
+      waiting += (first, middle), (middle, last)
+  return [points[i] for i in sorted(kept)]
 
 
 def chart(title: str, x_label: str, series: Sequence[Series], log: bool = False, log_x: bool = False,

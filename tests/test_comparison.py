@@ -177,7 +177,7 @@ def drawn(source, kind):
 def test_quality_while_training_is_a_mean_over_seeds_in_their_band(tmp_path):
   folders = []
   for seed, shift in enumerate((-1, 0, 1)):
-    values = [measured('fid', 10 + shift + i, images=i * 100, step=i) for i in (1, 2, 3)]
+    values = [measured('fid', 10 + shift + i * i, images=i * 100, step=i) for i in (1, 2, 3)]
     folders.append(make(tmp_path, 'a', seed, *values))
     put(folders[-1] / 'metrics.jsonl', *({'step': i, 'images': i * 100, 'seconds': i + shift / 9} for i in (1, 2, 3)))
     put(folders[-1] / 'run.json', {'device': 'cpu'})

@@ -28,7 +28,7 @@ def test_a_chart_of_nothing_is_nothing():
 
 @pytest.mark.parametrize('log', [False, True])
 @pytest.mark.parametrize('values', [
-  [5], [0, 0], [1e-320, 2e-320], [1e99, -1e99], [1e-99, 1e99], [1e16, 1e16 + 2], [.1, .9], [3, 4000], [-1, 0, 1]])
+  [5], [0, 0], [1e-320, 2e-320], [1e99, -1e99], [1e-99, 1e99], [1e16, 1e16 + 2], [.1, .9], [3, 4000], [-1, 0, 3]])
 def test_every_range_has_axes_and_stays_inside(values, log):
   path, = curves(svg.chart('a', 'x', [svg.Series('s', list(enumerate(values)))], log))
   places = [tuple(map(float, pair)) for pair in re.findall(r'([\d.-]+),([\d.-]+)', path)]
@@ -82,6 +82,27 @@ def test_log_ticks_are_few_round_and_inside(low, high):
   ticks = svg.ticks(low, high, log=True)
   assert 2 <= len(ticks) <= 8 and low <= min(ticks) and max(ticks) <= high
   assert all(f'{tick:.6e}'[:8] in ('1.000000', '2.000000', '5.000000') for tick in ticks)
+
+
+@pytest.mark.parametrize('curve', [
+  [(x, 40 * math.sin(x / 20)) for x in range(300)], [(x, 3 * x) for x in range(300)], [(0, 0)], [(0, 0), (1, 5)],
+  [(x, (x * 7919) % 101) for x in range(99)], [(math.cos(i / 9), math.sin(i / 9)) for i in range(57)]])
+def test_a_straightened_curve_is_nowhere_far_from_the_whole(curve):
+  kept = svg.straightened(curve)
+  assert kept[0] == curve[0] and kept[-1] == curve[-1] and set(kept) <= set(curve)
+
+  def away(point):
+    def from_segment(a, b):
+      along = [q - p for p, q in zip(a, b, strict=True)]
+      share = sum(d * (p - s) for d, p, s in zip(along, point, a, strict=True)) / (sum(d * d for d in along) or 1)
+      return math.dist(point, [s + min(max(share, 0), 1) * d for s, d in zip(a, along, strict=True)])
+    return min(from_segment(a, b) for a, b in itertools.pairwise(kept)) if len(kept) > 1 else 0
+
+  assert max(map(away, curve)) <= svg.BEND + 1e-9
+
+
+def test_a_straight_line_is_its_ends():
+  assert svg.straightened([(x, 2 * x) for x in range(50)]) == [(0, 0), (49, 98)]
 
 
 def test_a_long_curve_keeps_its_mean_and_its_extremes():
