@@ -1,6 +1,8 @@
 """One attempt at one point of a sweep: `diffusion-jax sweep point`, the command that every job of a sweep runs.
 
-It holds the lock of the folder, trains and evaluates in child processes, and writes down how it began and ended.
+It holds the lock of the folder, trains and evaluates in child processes, and writes down how it began and ended. Where
+a job has several processes, this is the part of process 0: the others hear from it whether there is anything to do, and
+then run the same two commands.
 """
 import argparse
 import contextlib
@@ -22,6 +24,8 @@ from diffusion_jax.runtime.config import UserError, nearest
 STOPPED = 75           # as train's: stopped, everything saved, the same command continues
 PYTHON = sys.executable, '-m'
 ECHO_SECONDS = 5.0     # a second signal within this is the same wish, come by another way
+GATHER_SECONDS = 300   # for which the processes of a job wait for each other
+GO, NO = b'go', b'no'
 
 
 def point(flags: argparse.Namespace) -> int:
@@ -29,8 +33,24 @@ def point(flags: argparse.Namespace) -> int:
 
   Returns 0 if it is finished, or if another process is at it; 75 if it was stopped; else the status of what failed.
   """
-  if int(os.environ.get('DIFFUSION_JAX_NUM_PROCESSES') or 1) > 1:
-    raise UserError('a point of a sweep runs in one process: launch it with one process on one node')
+  others = int(os.environ.get('DIFFUSION_JAX_NUM_PROCESSES') or 1) - 1
+  if others and os.environ.get('DIFFUSION_JAX_PROCESS_ID') != '0':
+    return follow(flags) if told() else 0
+  said = []
+
+  def tell(word):
+    if others and not said:
+      said.append(word)
+      call(word, others)
+
+  try:
+    return lead(flags, lambda: tell(GO))
+  finally:
+    tell(NO)
+
+
+def lead(flags: argparse.Namespace, begin: Callable[[], None]) -> int:
+  """What process 0 does; `begin` is called if there is something to do."""
   from diffusion_jax.runtime import log
   one, evaluate = claim(flags)
   with progress.locked(one.folder) as lock:
@@ -48,7 +68,52 @@ def point(flags: argparse.Namespace) -> int:
       why = f'it was begun by other code ({one.code}, now it is {code})'
       log.append(one.folder / 'attempts.jsonl', {'event': 'refused', 'time': log.now(), 'error': why})
       raise UserError(f'{one.folder}: {why}; sweep run --any_code continues it, sweep run --again trains it anew')
+    begin()
     return work(flags, one.folder, evaluate, lock)
+
+
+def follow(flags: argparse.Namespace) -> int:
+  """What every other process does: the same commands, which meet those of process 0."""
+  one, evaluate = claim(flags)
+  with Children() as children:
+    return commands(children, flags, one.folder, evaluate)
+
+
+def coordinator() -> tuple[str, int]:
+  """(host, port) where the processes of this job meet; UserError if it is not said."""
+  host, _, port = os.environ.get('DIFFUSION_JAX_COORDINATOR', '').rpartition(':')
+  if not host or not port.isdecimal():
+    raise UserError('a point of a sweep that runs as several processes needs DIFFUSION_JAX_COORDINATOR=HOST:PORT')
+  return host, int(port)
+
+
+def call(word: bytes, others: int) -> None:
+  """Tells `word` to so many other processes, which ask where the coordinator will be."""
+  with socket.create_server(('', coordinator()[1])) as server:
+    server.settimeout(GATHER_SECONDS)
+    try:
+      for _ in range(others):
+        connection, _ = server.accept()
+        with connection:
+          connection.sendall(word)
+    except TimeoutError:
+      raise Apart(f'of the {others} other processes of this job not all came within {GATHER_SECONDS} s') from None
+
+
+def told() -> bool:
+  """Asks process 0 whether there is anything to do."""
+  deadline = time.monotonic() + GATHER_SECONDS
+  while time.monotonic() < deadline:
+    with contextlib.suppress(OSError), socket.create_connection(coordinator(), timeout=GATHER_SECONDS) as connection:
+      if (word := connection.recv(len(GO))) in (GO, NO):
+        return word == GO
+    time.sleep(0.1)
+  raise Apart(f'process 0 of this job has not been heard of for {GATHER_SECONDS} s')
+
+
+class Apart(UserError):
+  """The processes of a job have not met; they may when it is started again."""
+  status = 70
 
 
 def claim(flags: argparse.Namespace) -> tuple[Point, list[str] | None]:
@@ -74,20 +139,26 @@ def claim(flags: argparse.Namespace) -> tuple[Point, list[str] | None]:
 def work(flags: argparse.Namespace, folder: pathlib.Path, evaluate: list[str] | None, lock: int) -> int:
   """Trains and evaluates, in processes of their own, which leaves memory and devices to each; writes both ends."""
   from diffusion_jax.runtime import log
-  attempts, allow = folder / 'attempts.jsonl', [f'--allow={package}' for package in flags.allow]
+  attempts = folder / 'attempts.jsonl'
   who = {'host': socket.gethostname(), 'pid': os.getpid()}
   with Children(lock) as children:
     log.append(attempts, {'event': 'start', 'time': log.now(), **who, 'code': points.code_version()})
-    status = 0
-    if not (folder / 'done.json').exists():
-      status = children.run('train', f'--config={flags.file}:{flags.name}', f'--workdir={folder}', *allow)
-    if not status and evaluate is not None:
-      status = children.run('evaluate', f'--workdir={folder}', *evaluate, *allow)
+    status = commands(children, flags, folder, evaluate)
     if not status:
       log.write_json(folder / 'finished.json', {
           'time': log.now(), 'code': points.code_version(), 'evaluate': evaluate})
     error = f'stopped by {children.stopped}' if children.stopped else children.said
     log.append(attempts, {'event': 'end', 'time': log.now(), **who, 'status': status, 'error': error if status else ''})
+  return status
+
+
+def commands(children: 'Children', flags: argparse.Namespace, folder: pathlib.Path, evaluate: list[str] | None) -> int:
+  """Trains, unless that is done, and evaluates; the status of what failed, else 0."""
+  status, allow = 0, [f'--allow={package}' for package in flags.allow]
+  if not (folder / 'done.json').exists():
+    status = children.run('train', f'--config={flags.file}:{flags.name}', f'--workdir={folder}', *allow)
+  if not status and evaluate is not None:
+    status = children.run('evaluate', f'--workdir={folder}', *evaluate, *allow)
   return status
 
 
@@ -97,8 +168,8 @@ class Children:
   A child holds the lock as well and ends with its parent, so that no kill leaves two at one point.
   """
 
-  def __init__(self, lock: int):
-    self.lock, self.process, self.stopped, self.since, self.said = lock, None, '', 0.0, ''
+  def __init__(self, *locks: int):
+    self.locks, self.process, self.stopped, self.since, self.said = locks, None, '', 0.0, ''
 
   def __enter__(self):
     self.previous = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -113,7 +184,7 @@ class Children:
     if self.stopped:
       return STOPPED
     process = self.process = subprocess.Popen(
-        [*PYTHON, f'diffusion_jax.{command}', *flags], stderr=subprocess.PIPE, pass_fds=(self.lock,),
+        [*PYTHON, f'diffusion_jax.{command}', *flags], stderr=subprocess.PIPE, pass_fds=self.locks,
         preexec_fn=_end_with(os.getpid()))
     if self.stopped:  # between the two lines above
       self._pass()

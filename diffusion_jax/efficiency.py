@@ -56,8 +56,9 @@ def network_flops(model: Model, params: Any, batch_size: int) -> float:
 
 def _latencies(trained, config, seed):
   """Seconds of a few samples drawn one at a time on one device."""
-  single = Generator(trained.model, Config({**config, 'batch_size': 1}), seed, sharding.make_mesh(1, 1))
-  params = jax.device_put(trained.params, jax.devices()[0])
+  single = Generator(trained.model, Config({**config, 'batch_size': 1}), seed,
+                     sharding.make_mesh(1, 1, devices=jax.local_devices()[:1]))
+  params = jax.device_put(trained.params, jax.local_devices()[0])
   single.compile(params)
   rounds = []
   for i in range(LATENCY_ROUNDS):

@@ -2,7 +2,8 @@
 
 One evaluation is one set of samples (checkpoint, average, sampling settings, seed) as one network sees them, against
 one reference. Samples and features are kept under WORKDIR/eval/<settings>, so that an interrupted evaluation continues
-where it stopped; what WORKDIR/eval.jsonl holds already is printed, not made again.
+where it stopped; what WORKDIR/eval.jsonl holds already is printed, not made again. Of several processes each makes a
+part of the files, on its own devices, and process 0 scores them all.
 """
 import argparse
 import hashlib
@@ -18,6 +19,7 @@ import zlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
 from diffusion_jax import audit, efficiency, encode
@@ -25,7 +27,7 @@ from diffusion_jax.data import sources
 from diffusion_jax.metrics import features, intervals, scores
 from diffusion_jax.metrics.features import Extractor
 from diffusion_jax.model import Trained, open_data
-from diffusion_jax.runtime import command, log
+from diffusion_jax.runtime import command, distributed, log
 from diffusion_jax.runtime.checkpoint import Checkpoints
 from diffusion_jax.runtime.config import Config, UserError, explain, from_json, nearest
 from diffusion_jax.runtime.state import digest
@@ -46,11 +48,13 @@ class Samples:
     self.generator, self.trained, self.num, self.folder = generator, trained, num, folder
     self.seconds, self.made = 0.0, 0
 
-  def batches(self) -> Iterator[tuple[str, np.ndarray]]:
-    """(name, images uint8 [b, *S, C]) of each batch, in order of the ids."""
+  def batches(self, first: int = 0, every: int = 1) -> Iterator[tuple[str, np.ndarray]]:
+    """(name, images uint8 [b, *S, C]) of each batch, in order of the ids; of every `every`-th, from `first` on."""
     size = self.generator.batch_size
     self.seconds, self.made, adaptive = 0.0, 0, isinstance(self.generator.calls, list)
-    for start in range(0, self.num, size):
+    if adaptive:
+      self.generator.calls = []
+    for start in range(first * size, self.num, every * size):
       ids = np.arange(start, start + size)
       path = self.folder / f'{start:06d}-{ids[-1]:06d}.npz'
       try:
@@ -68,9 +72,23 @@ class Samples:
       yield path.stem, images[:self.num - start]
 
   def features(self, extractor: Extractor) -> dict[str, np.ndarray]:
-    """What the extractor gives for all samples, made now or found beside them."""
-    folder, parts = self.folder / f'{extractor.name}-{extractor.digest[:12]}', []
-    for name, images in self.batches():
+    """What the extractor gives for all samples, made now or found beside them; on the writer, {} elsewhere.
+
+    Every process must ask, and makes the files of its own batches first.
+    """
+    processes = distributed.count()
+    if processes > 1:
+      for _ in self._parts(extractor, jax.process_index(), processes):
+        pass
+      distributed.wait()
+    if not distributed.is_writer():
+      return {}
+    parts = list(self._parts(extractor))
+    return {output: np.concatenate([part[output] for part in parts]) for output in parts[0]}
+
+  def _parts(self, extractor, *which):
+    folder = self.folder / f'{extractor.name}-{extractor.digest[:12]}'
+    for name, images in self.batches(*which):
       path = folder / f'{name}.npz'
       try:
         with np.load(path, allow_pickle=False) as found:
@@ -80,8 +98,7 @@ class Samples:
       except DAMAGED:
         seen = extractor.extract(images)
         log.write(path, npz(**seen))
-      parts.append({output: values[:len(images)] for output, values in seen.items()})
-    return {output: np.concatenate([part[output] for part in parts]) for output in parts[0]}
+      yield {output: values[:len(images)] for output, values in seen.items()}
 
   def images(self) -> np.ndarray:
     """All of them, in memory."""
@@ -111,14 +128,14 @@ class Evaluator:
   def step(self, step: int | None) -> None:
     """Every evaluation of a checkpoint, the newest if `step` is None."""
     for ema in self.emas:
-      trained, sampling = open_run(argparse.Namespace(**{**vars(self.flags), 'ema': ema, 'step': step}))
+      trained, sampling = open_run(argparse.Namespace(**{**vars(self.flags), 'ema': ema, 'step': step}), apart=True)
       if self.against is None:
         self._generators(trained, sampling)
         self.against = [self._against(text) for text in (self.flags.features or self.config.eval.features).split(',')]
       params_hash = digest(trained.params)
       for point in self.sweep:
         rows = [self._point(trained, sampling, params_hash, point, seed) for seed in self.seeds]
-        if len(rows) > 1:
+        if len(rows) > 1 and distributed.is_writer():
           for over_seeds in zip(*rows, strict=True):
             self._summary(over_seeds)
 
@@ -139,6 +156,8 @@ class Evaluator:
     with explain('--features' if self.flags.features else 'config.eval.features'):
       extractor = features.make(text)
     kinds = kinds_of(self.flags.metrics, extractor)
+    if not distributed.is_writer():
+      return Against(extractor, None, None, kinds, bool(self.flags.metrics))
     with explain('config.data'):
       if self.flags.reference:
         ref = given(self.flags.reference, extractor)
@@ -168,6 +187,10 @@ class Evaluator:
   def _evaluation(self, samples, point, about, against):
     began = time.perf_counter()
     flags, ref, extractor = self.flags, against.ref, against.extractor
+    if not distributed.is_writer():  # it only helps to make what the writer scores
+      if not distributed.agree(None):
+        samples.features(extractor)
+      return []
     common = {**about, 'num_samples': self.num, 'features': extractor.name, 'features_hash': extractor.digest,
               **{key: ref.about[key] for key in ('reference', 'reference_hash', 'reference_samples')},
               'quantisation': 'round'}
@@ -175,7 +198,7 @@ class Evaluator:
     evaluation = _hash({**identity, 'kinds': against.kinds, 'price': flags.price_per_hour, 'audit': flags.audit})
     found = [record for record in log.read_lines(self.records) if record.get('evaluation') == evaluation]
     found = list({record['metric']: record for record in found}.values())
-    if found and len(found) >= found[0]['lines']:
+    if distributed.agree(bool(found) and len(found) >= found[0]['lines']):
       print(f"{_title(found[0])}: found in {self.records}")
       show(found)
       return found
@@ -193,6 +216,8 @@ class Evaluator:
     lines += self.costs[point]
     common |= {'evaluation': evaluation, 'nfe': samples.generator.nfe, 'lines': len(lines),
                'seconds': time.perf_counter() - began, 'time': log.now(), **log.provenance()}
+    if distributed.count() > 1:
+      common['device'] = f'{jax.devices()[0].device_kind} x{samples.generator.mesh.size}'  # one process made a batch
     records = [{**common, 'ci_level': 0.95 if line['ci'] else None, **line} for line in lines]
     log.append(self.records, *records)
     print(_title(records[0]))
@@ -247,15 +272,16 @@ def watch(flags: argparse.Namespace, path: pathlib.Path) -> int:
   """Evaluates every checkpoint of a run that is there or still comes, until the run is done."""
   if flags.step is not None:
     raise UserError('--watch evaluates every checkpoint: give it without --step')
-  while not path.exists():
+  while not distributed.agree(path.exists()):
     print(f'waiting for {path}')
     time.sleep(flags.poll_seconds)
   evaluator, seen = Evaluator(flags, from_json(path)), set()
   while True:
-    done = (path.parent / 'done.json').exists()  # asked first, so that no last checkpoint is missed
-    if (path.parent / 'checkpoints').is_dir():
+    # Asked first, so that no last checkpoint is missed.
+    done, begun = distributed.agree([(path.parent / 'done.json').exists(), (path.parent / 'checkpoints').is_dir()])
+    if begun:
       checkpoints = Checkpoints(path.parent)
-      steps = [step for step in checkpoints.steps() if step not in seen]
+      steps = distributed.agree([step for step in checkpoints.steps() if step not in seen])
       checkpoints.close()
       for step in steps:
         try:
@@ -266,6 +292,7 @@ def watch(flags: argparse.Namespace, path: pathlib.Path) -> int:
           print(f'step {step} is gone, newer ones have replaced it ({e})')
         seen.add(step)
     if done:
+      distributed.wait()
       return 0
     time.sleep(flags.poll_seconds)
 
@@ -290,11 +317,14 @@ def main(argv: Sequence[str] | None = None) -> int:
   if not flags.price_per_hour >= 0:
     raise UserError(f'--price_per_hour must be at least 0, got {flags.price_per_hour}')
   path = pathlib.Path(flags.workdir) / 'config.json'
+  command.join(flags)
   if flags.watch:
     return watch(flags, path)
   evaluator = Evaluator(flags, from_json(path))
   evaluator.step(flags.step)
-  print(f'-> {evaluator.records}')
+  distributed.wait()  # processes part together
+  if distributed.is_writer():
+    print(f'-> {evaluator.records}')
   return 0
 
 

@@ -17,6 +17,19 @@ from diffusion_jax.runtime.config import Config, UserError, explain
 from diffusion_jax.step import BINS
 
 
+class NoRecords:
+  """What a process that writes no records has in the place of log.Run."""
+
+  def metrics(self, record: dict[str, Any]) -> None:
+    """Nothing."""
+
+  def image(self, name: str, image: np.ndarray, step: int) -> None:
+    """Nothing."""
+
+  def close(self) -> None:
+    """Nothing."""
+
+
 def claim(workdir: pathlib.Path, config: Config, allow_changes: bool) -> None:
   """Writes config.json, or compares it with the one there: UserError names what differs, unless changes are allowed."""
   path = workdir / 'config.json'

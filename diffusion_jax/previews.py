@@ -5,7 +5,7 @@ import jax
 import numpy as np
 
 from diffusion_jax.model import Model
-from diffusion_jax.runtime import log
+from diffusion_jax.runtime import distributed, log, sharding
 from diffusion_jax.runtime.config import Config
 from diffusion_jax.runtime.state import TrainState
 from diffusion_jax.sample import Generator, columns_of, labels_of, png, tile
@@ -22,12 +22,13 @@ class Previews:
     self.generator = Generator(model, settings, model.config.seed, mesh)
 
   def write(self, state: TrainState, step: int) -> np.ndarray:
-    """Writes samples/<images>.png and returns the picture."""
-    average = state.emas[next(iter(state.emas))]
+    """Writes samples/<images>.png and returns the picture; every process draws its part, the writer writes."""
+    average = sharding.on_device(state.emas[next(iter(state.emas))])
     ids = range(min(self.generator.batch_size, 100))
     images = self.generator(average, ids, labels_of(ids, self.model.num_classes))
     if images.ndim != 4 or images.shape[-1] not in (1, 3):
       return np.zeros((1, 1, 3), np.uint8)  # signals and volumes have no picture
     picture = tile(images, columns_of(self.model, len(images)))
-    log.write(self.folder / f'{step * self.model.config.train.batch_size:09d}.png', png(picture))
+    if distributed.is_writer():
+      log.write(self.folder / f'{step * self.model.config.train.batch_size:09d}.png', png(picture))
     return picture

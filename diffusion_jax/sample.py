@@ -21,7 +21,7 @@ from diffusion_jax import model as model_lib
 from diffusion_jax.core import adaptive, guidance, levels, samplers
 from diffusion_jax.core.types import Array, Denoise, Denoiser, Level
 from diffusion_jax.model import Model, Trained
-from diffusion_jax.runtime import command, log, sharding
+from diffusion_jax.runtime import command, distributed, log, sharding, snapshots
 from diffusion_jax.runtime.config import Config, UserError, build, explain, parse_call
 
 STRIP_IMAGES, STRIP_LEVELS, GIF_FRAMES = 8, 12, 60
@@ -103,7 +103,8 @@ class Generator:
   def __call__(self, params: Any, ids: Sequence[int], labels: Sequence[int]) -> Any:
     """uint8 images [n, *S, C] of at most batch_size ids; with a trajectory (images, (x [N, n, ...], x0 estimate))."""
     compiled = self.compile(params)
-    out, calls = jax.device_get(compiled(*self._arguments(params, np.asarray(ids), np.asarray(labels))))
+    found = compiled(*self._arguments(params, np.asarray(ids), np.asarray(labels)))
+    out, calls = jax.device_get(jax.tree.map(snapshots.on_host, found) if distributed.count() > 1 else found)
     if len(calls):
       self.calls += calls[:len(ids)].tolist()
     if not self.trajectory:
@@ -112,13 +113,13 @@ class Generator:
 
   def _arguments(self, params: Any, ids: np.ndarray, labels: np.ndarray) -> tuple:
     grid = self._grid_of(params['process']) if jax.tree.leaves(params['process']) else self.grid
-    root, grid = jax.device_put((self._root, grid), sharding.replicated(self.mesh))
+    root, grid = distributed.everywhere((self._root, grid), sharding.replicated(self.mesh))
     return params, root, grid, *self._put(ids, labels)
 
   def _put(self, ids: np.ndarray, labels: np.ndarray) -> tuple[Array, Array]:
     padded = lambda a, dtype: np.resize(a, self.batch_size).astype(dtype)  # repeats, or zeros from an empty array
     arrays = padded(ids, np.uint32), padded(labels, np.int32)
-    return tuple(sharding.put_batch(a, self.mesh) for a in arrays)
+    return tuple(distributed.everywhere(a, sharding.batch(self.mesh)) for a in arrays)
 
 
 def guided(denoise: Denoise, ref: Denoise, config: Config) -> Denoise:
@@ -222,10 +223,14 @@ def add_flags(p: command.Parser) -> None:
                                            "none, or the file of one that posthoc_ema made")
   p.add_argument('--step', type=int, help='which checkpoint (default: the newest)')
   p.add_argument('--batch_size', type=int, help='samples compiled together')
+  command.add_process_flags(p)
 
 
-def open_run(flags: Any) -> tuple[Trained, Config]:
-  """The trained model that the flags name, and its sampling settings with the flags' put in."""
+def open_run(flags: Any, apart: bool = False) -> tuple[Trained, Config]:
+  """The trained model that the flags name, and its sampling settings with the flags' put in.
+
+  Several processes hold it together, or each the whole of it on its own devices if they work `apart`.
+  """
   if flags.num is not None and flags.num < 1:
     raise UserError(f'--num must be at least 1, got {flags.num}')
   if flags.seed < 0:
@@ -238,9 +243,14 @@ def open_run(flags: Any) -> tuple[Trained, Config]:
     for key, value in chosen.items():
       config.sample[key] = value
     model_lib.check(config)
-    sharding.use_cpu_cores(config.sample.batch_size)
+    processes = command.join(flags)
+    sharding.use_cpu_cores(config.sample.batch_size // (1 if apart else processes))
 
   trained = model_lib.restore(pathlib.Path(flags.workdir), flags.ema, flags.step, choose_devices)
+  if apart and distributed.count() > 1:
+    own = sharding.make_mesh(devices=jax.local_devices())
+    place = lambda a: jax.device_put(snapshots.on_host(a), sharding.replicated(own))
+    trained = trained._replace(mesh=own, params=jax.tree.map(place, trained.params))
   return trained, trained.model.config.sample
 
 
@@ -294,6 +304,13 @@ def main(argv: Sequence[str] | None = None) -> int:
                            for i in range(0, len(ids), config.batch_size)])
   seconds = time.perf_counter() - start
 
+  traced = None
+  if flags.trajectory:
+    count = min(STRIP_IMAGES, len(ids))
+    tracer = Generator(model, config, flags.seed, trained.mesh, trajectory=True, negative=negatives[0])
+    _, traced = tracer(trained.params, ids[:count], labels[:count])
+  if not distributed.is_writer():
+    return 0
   out = pathlib.Path(flags.out or f'{flags.workdir}/samples/final')
   if out.suffix == '.npz':
     log.write(out, npz(image=images, id=np.asarray(ids), label=np.asarray(labels)))
@@ -303,11 +320,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     log.write(out / 'grid.png', png(_grid(images, model)))
     for i, image in zip(ids, images, strict=True):
       log.write(out / f'{i:06d}.png', png(image))
-  if flags.trajectory:
-    count = min(STRIP_IMAGES, len(ids))
-    tracer = Generator(model, config, flags.seed, trained.mesh, trajectory=True, negative=negatives[0])
-    _, (x, x0) = tracer(trained.params, ids[:count], labels[:count])
-    write_trajectory(out if not out.suffix else out.parent, x, x0)
+  if traced:
+    write_trajectory(out if not out.suffix else out.parent, *traced)
   print(f'{len(ids)} samples, {generator.nfe} network calls each, {len(ids) / seconds:.1f} samples/s '
         f'(compilation {generator.compile_seconds:.1f} s apart) -> {out}')
   return 0

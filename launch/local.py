@@ -122,13 +122,17 @@ class Gang:
         os.killpg(process.pid, signal.SIGKILL)
 
   def poll(self) -> int | None:
-    """None while one runs, then 0 if all ended well, else the status of the one that died first."""
+    """None while one runs, then 0 if all ended well, else the status of the one that died first.
+
+    One that is not worth another start comes before one that is: the others may have died of the same thing.
+    """
     statuses = [process.poll() for process in self.members]
     dead = [status for status in statuses if status]
     if self.status is None and dead:
       self.status = dead[0]
     if None not in statuses:
-      return self.status or 0
+      ends = [status for status in (self.status, *dead) if status]
+      return next((status for status in ends if not retryable(status)), ends[0] if ends else 0)
     if self.status is not None:  # the others would wait for it
       self.deadline = self.deadline or time.monotonic() + self.grace
       self.terminate()

@@ -5,13 +5,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import ROOT, tiny_config
+from conftest import tiny_config
 
 from diffusion_jax import model as model_lib
 from diffusion_jax import step as step_lib
 from diffusion_jax import train
 from diffusion_jax.core import ema
-from diffusion_jax.runtime import command, log, sharding
+from diffusion_jax.runtime import log, sharding
 from diffusion_jax.runtime.checkpoint import Checkpoints
 from diffusion_jax.runtime.config import UserError, spec
 
@@ -176,9 +176,3 @@ def test_dry_run_prints_and_writes_nothing(capsys):
   out = capsys.readouterr().out
   for words in ('conv_in/kernel', 'FLOPs of a step', 'memory of a device', 'train state', '16 x (8, 8, 1)'):
     assert words in out
-
-
-def test_several_processes_are_refused_before_anything_is_written(tmp_path, monkeypatch, capsys):
-  monkeypatch.setenv('DIFFUSION_JAX_NUM_PROCESSES', '2')
-  assert command.run(train.main, [f'--config={ROOT}/configs/digits.py', f'--workdir={tmp_path}/run']) == 2
-  assert 'training runs in one process' in capsys.readouterr().err and not (tmp_path / 'run').exists()

@@ -1,13 +1,16 @@
 """What every command does with its command line: `--config.a.b=value` overrides, and errors in one sentence."""
 import argparse
+import errno
 import os
 import pathlib
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 
 import jax
 
 from diffusion_jax.runtime import config as config_lib
+from diffusion_jax.runtime import distributed
 from diffusion_jax.runtime.config import UserError
 
 INTERRUPTED = 75  # EX_TEMPFAIL: state is saved, start the same command again
@@ -48,8 +51,23 @@ def parser(name: str, description: str) -> Parser:
   return p
 
 
+def add_process_flags(p: Parser) -> None:
+  """The flags of a command that may run as several processes; see distributed.initialise, which takes them."""
+  p.add_argument('--coordinator', default='', metavar='HOST:PORT', help='where process 0 of several is found')
+  p.add_argument('--num_processes', type=int, default=0, metavar='N', help='how many processes run this command')
+  p.add_argument('--process_id', type=int, default=-1, metavar='I', help='which of them this is, from 0')
+
+
+def join(flags: argparse.Namespace) -> int:
+  """Joins the other processes, if there are any, as the flags or the environment say; how many there are."""
+  return distributed.initialise(flags.coordinator, flags.num_processes, flags.process_id)
+
+
 def run(main: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None = None) -> int:
-  """main(argv), with compiled programs kept for the next time, and a UserError printed as one sentence."""
+  """main(argv), with compiled programs kept for the next time, and a UserError printed as one sentence.
+
+  One of several processes never waits for the others at its end if it fails: it says why, and exits.
+  """
   if not os.environ.get('JAX_COMPILATION_CACHE_DIR'):
     cache = pathlib.Path(os.environ.get('XDG_CACHE_HOME') or '~/.cache').expanduser() / 'diffusion_jax'
     jax.config.update('jax_compilation_cache_dir', str(cache))
@@ -58,10 +76,28 @@ def run(main: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None 
     return main(argv)
   except UserError as e:
     print(f'error: {e}', file=sys.stderr)
-    return e.status
+    return distributed.leave(e.status)
   except KeyboardInterrupt:
     print('interrupted', file=sys.stderr)
-    return 130
+    return distributed.leave(130)
   except BrokenPipeError:  # who read the output has gone: `| head`
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return 141
+    return distributed.leave(141)
+  except OSError as e:
+    if e.errno not in (errno.ENOSPC, errno.EDQUOT):
+      return failed(e)
+    print(f'error: {e.filename or "a file"} cannot be written: {e.strerror}; make space, and the same command '
+          f'continues', file=sys.stderr)
+    return distributed.leave(1)
+  except Exception as e:
+    return failed(e)
+
+
+def failed(error: Exception) -> int:
+  """Raises an error that nobody foresaw; one of several processes ends here with status 70, and the others then do."""
+  if distributed.count() == 1:
+    raise error
+  if not isinstance(error, jax.errors.JaxRuntimeError):  # which is how a lost peer shows itself
+    traceback.print_exception(error)
+  words = str(error).strip().splitlines() or ['']
+  distributed.end(distributed.FAILED, f'{type(error).__name__}: {words[0][:300]}')

@@ -16,7 +16,7 @@ from diffusion_jax.runtime.state import named_leaves
 
 def on_host(leaf: Any) -> np.ndarray:
   """The whole array in host memory, wherever its parts lie; every process must ask."""
-  whole = getattr(leaf, 'is_fully_addressable', True)
+  whole = getattr(leaf, 'is_fully_addressable', True) or leaf.is_fully_replicated
   return np.asarray(jax.device_get(leaf) if whole else multihost_utils.process_allgather(leaf, tiled=True), order='C')
 
 

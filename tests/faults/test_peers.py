@@ -1,0 +1,156 @@
+"""Processes of one run that die, stand still or are told to stop: all end soon, with a reason, and the run goes on."""
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import runs
+from conftest import ROOT
+
+BEAT = 6  # seconds of silence after which a process counts as dead here
+SOON = 5 * BEAT  # within which all others have ended, on a machine that does other things as well
+ENDLESS = {'train__images': 10 ** 7, 'train__checkpoint_every': 128, 'train__sample_every': 10 ** 7,
+           'train__log_every': 64}
+
+
+CONFIG = '''
+import os
+import jax
+from runs import tiny
+jax.config.update('jax_num_cpu_devices', int(os.environ['JAX_NUM_CPU_DEVICES']))
+def get_config(run=''): return tiny()
+'''
+
+
+def start(workdir, env, **changes):
+  """A process that trains, with JAX_NUM_CPU_DEVICES in `env`."""
+  (workdir.parent / 'devices.py').write_text(CONFIG)
+  flags = [f'--config.{key.replace("__", ".")}={value}' for key, value in changes.items()]
+  words = [sys.executable, '-m', 'diffusion_jax.train', '--allow=nets', '--allow=poison', f'--workdir={workdir}',
+           f'--config={workdir.parent}/devices.py', *flags]
+  places = os.pathsep.join([str(ROOT / 'tests'), str(ROOT / 'tests' / 'faults'), os.environ.get('PYTHONPATH', '')])
+  return subprocess.Popen(words, cwd=ROOT, env=os.environ | {'PYTHONPATH': places} | env, text=True,
+                          stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+class Gang:
+  """Processes that train in `workdir` together, as so many commands by hand."""
+
+  def __init__(self, workdir, count=2, env=(), **changes):
+    with socket.socket() as s:
+      s.bind(('localhost', 0))
+      port = s.getsockname()[1]
+    self.workdir = workdir
+    self.members = [start(workdir, {
+        'DIFFUSION_JAX_COORDINATOR': f'localhost:{port}', 'DIFFUSION_JAX_NUM_PROCESSES': str(count),
+        'DIFFUSION_JAX_PROCESS_ID': str(i), 'DIFFUSION_JAX_HEARTBEAT': str(BEAT), 'JAX_NUM_CPU_DEVICES': '1',
+        **dict(env)}, mesh__data=-1, **changes) for i in range(count)]
+
+  def __enter__(self):
+    return self
+
+  def __exit__(self, *_):
+    for member in self.members:
+      with contextlib.suppress(ProcessLookupError):
+        member.kill()
+      member.communicate()
+
+  def until(self, condition, seconds=240):
+    deadline = time.monotonic() + seconds
+    while not condition():
+      dead = [member for member in self.members if member.poll() is not None]
+      assert not dead, [member.communicate() for member in dead]
+      assert time.monotonic() < deadline
+      time.sleep(0.01)
+
+  def trained(self, records=3):
+    """Waits until so many records are written."""
+    had = len(runs.records(self.workdir))
+    self.until(lambda: len(runs.records(self.workdir)) >= had + records)
+
+  def ends(self, *members):
+    """[(status, stderr)] of the members, all by now if none are named."""
+    found = []
+    for member in members or self.members:
+      try:
+        _, err = member.communicate(timeout=SOON)
+      except subprocess.TimeoutExpired:
+        pytest.fail(f'process {self.members.index(member)} still runs after {SOON} s')
+      found.append((member.returncode, err))
+    return found
+
+
+def assert_said(status, err):
+  assert status == 70, err
+  reason = err.strip().splitlines()[-1]
+  assert reason.startswith('error: process ') and 'with status 70: ' in reason
+
+
+@pytest.mark.parametrize('victim', [1, 0], ids=['worker', 'coordinator'])
+@pytest.mark.parametrize('how', [signal.SIGKILL, signal.SIGSTOP], ids=['killed', 'stopped'])
+def test_the_others_end_soon_with_70_and_a_reason(tmp_path, victim, how):
+  with Gang(tmp_path / 'run', 2, **ENDLESS) as gang:
+    gang.trained()
+    gang.members[victim].send_signal(how)
+    [end] = gang.ends(gang.members[1 - victim])
+    assert_said(*end)
+    if how == signal.SIGSTOP:  # who comes back finds itself alone
+      gang.members[victim].send_signal(signal.SIGCONT)
+      [end] = gang.ends(gang.members[victim])
+      assert_said(*end)
+
+
+def test_what_hangs_although_it_lives_is_ended_by_the_watchdog(tmp_path):
+  """A process whose main thread waits for ever, in a read of its data, still beats."""
+  os.mkfifo(tmp_path / 'never')
+  with Gang(tmp_path / 'run', 2, {'DIFFUSION_JAX_WATCHDOG': '8'}, **ENDLESS) as gang:
+    gang.trained()
+    for name in ('metrics.jsonl',):  # the writer's next record goes into a pipe that nobody reads
+      (tmp_path / 'run' / name).unlink()
+      os.mkfifo(tmp_path / 'run' / name)
+    for end in gang.ends():
+      assert_said(*end)
+      assert 'nothing has moved for 8 s' in end[1] or 'ends at step' in end[1]
+
+
+def test_one_sigterm_stops_all_after_the_same_step_and_another_number_of_processes_continues(tmp_path):
+  changes = {'train__images': 12_800, 'train__sample_every': 12_800, 'train__log_every': 640,
+             'train__checkpoint_every': 6_400, 'optimizer': 'sgd'}
+  workdir = tmp_path / 'run'
+  told = []
+  for count, victim in ((2, 1), (4, 2)):
+    with Gang(workdir, count, **changes) as gang:
+      gang.trained(1)
+      gang.members[victim].send_signal(signal.SIGTERM)
+      ends = gang.ends()
+    assert [status for status, _ in ends] == [75] * count, ends
+    told.append(max(int(name) for name in runs.names(workdir)))
+    assert not (workdir / 'done.json').exists()
+  assert told[0] < told[1] < 800
+  changes['mesh__data'] = 1
+  assert runs.finish(start(workdir, {'JAX_NUM_CPU_DEVICES': '2'}, **changes, mesh__fsdp=2))[0] == 0
+  alone = tmp_path / 'alone'
+  assert runs.finish(start(alone, {'JAX_NUM_CPU_DEVICES': '1'}, **changes))[0] == 0
+  ours, theirs = ([r['loss'] for r in runs.records(folder) if r['step'] % 40 == 0] for folder in (workdir, alone))
+  np.testing.assert_allclose(ours[-1], theirs[-1], rtol=1e-3)
+  assert sorted({r['step'] for r in runs.records(workdir)})[-1] == 800
+
+
+def test_a_second_sigterm_ends_a_process_at_once_and_the_others_follow(tmp_path):
+  with Gang(tmp_path / 'run', 2, **ENDLESS) as gang:
+    gang.trained()
+    gang.members[0].send_signal(signal.SIGSTOP)  # so that no step ends, and none is agreed on
+    gang.members[1].send_signal(signal.SIGTERM)
+    time.sleep(1)
+    assert gang.members[1].poll() is None
+    gang.members[1].send_signal(signal.SIGTERM)
+    [(status, _)] = gang.ends(gang.members[1])
+    assert status == 128 + signal.SIGTERM
+    gang.members[0].send_signal(signal.SIGCONT)
+    [end] = gang.ends(gang.members[0])
+    assert_said(*end)
