@@ -5,6 +5,7 @@ import sys
 
 COMMANDS = {
     'train': 'trains the model of a config, or continues',
+    'plan': 'compiles a config for a pod or a cluster: does it fit, how fast, at what price',
     'sample': 'draws images from a trained model',
     'evaluate': 'scores a trained model against real images',
     'likelihood': 'bits per dimension of a data split under a trained model',
