@@ -90,7 +90,7 @@ def card(source, images=None, labels=None, *, held_out='', max_bad=10, max_secon
 def matches(path, settings):
   """Whether `path` is the file of a card whose entry made_with equals `settings`."""
   try:
-    found = json.loads(path.read_text('utf-8', 'replace'))
+    found = json.loads(path.read_bytes().decode('utf-8', 'replace'))
   except (OSError, ValueError):
     return False
   return isinstance(found, dict) and found.get('made_with') == settings

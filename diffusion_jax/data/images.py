@@ -12,7 +12,7 @@ import zipfile
 
 import numpy as np
 
-from diffusion_jax.data import sources
+from diffusion_jax.data import remote, sources
 
 SUFFIXES = ('.png', '.jpg', '.jpeg', '.bmp', '.webp')
 MODES = {1: 'L', 3: 'RGB', 4: 'RGBA'}  # PIL's name of 8-bit pixels, by channel count
@@ -89,8 +89,9 @@ class Folder(Encoded):
     if not root.is_dir():
       raise FileNotFoundError(f'There is no folder {root}: give data.source as folder:PATH with a folder of images.')
     self.root = root
-    found = [pathlib.Path(folder, file).relative_to(root).as_posix()
-             for folder, _, files in os.walk(root, followlinks=True) for file in files]
+    found = remote.find(root) if remote.is_remote(root) else [
+        pathlib.Path(folder, file).relative_to(root).as_posix()
+        for folder, _, files in os.walk(root, followlinks=True) for file in files]
     self.paths, self.labels, class_names = layout(name, split, found)
     super().__init__(name, split, class_names, **options)
 
@@ -103,7 +104,7 @@ class Folder(Encoded):
 
   def read(self, i):
     """Bytes and label of record i."""
-    return (self.root / self.paths[i]).read_bytes(), self.labels[i]
+    return remote.read_bytes(self.root / self.paths[i]), self.labels[i]
 
 
 class Zip(Encoded):
@@ -112,6 +113,7 @@ class Zip(Encoded):
   def __init__(self, name, split, path, **options):
     if not path.is_file():
       raise FileNotFoundError(f'There is no file {path}: give data.source as zip:PATH with a zip file of images.')
+    path = remote.here(path)
     if not zipfile.is_zipfile(path):
       raise ValueError(f'{path} is not a zip file, or it is cut short: write or copy it again.')
     self.path = path
@@ -140,15 +142,17 @@ class Tfds(Encoded):
 
   def __init__(self, name, split, dataset, data_dir, manual_dir, *, size, channels, max_bad):
     import tensorflow_datasets as tfds
-    folder = prepared(dataset, data_dir)
-    if folder is None and dataset == 'cifar10':
+    folder, root = prepared(dataset, data_dir), data_root(data_dir)
+    if folder is None and dataset == 'cifar10' and not remote.is_remote(root):
       from diffusion_jax.data import cifar10
       folder = cifar10.prepare(data_dir, manual_dir)
     if folder is None:
-      root = data_root(data_dir)
+      there = 'FOLDER' if remote.is_remote(root) else root
       raise FileNotFoundError(
           f'{name} is not prepared in {root}: prepare it with python -c "import tensorflow_datasets as tfds; '
-          f"tfds.builder('{dataset}', data_dir='{root}', file_format='array_record').download_and_prepare()\".")
+          f"tfds.builder('{dataset}', data_dir='{there}', file_format='array_record').download_and_prepare()\""
+          f'{f", and copy what is in FOLDER to {root}" if remote.is_remote(root) else ""}.')
+    folder = copied(folder, split) if remote.is_remote(folder) else folder
     info = tfds.builder_from_directory(folder).info
     features = dict(info.features.items())
     if info.file_format.value != 'array_record':
@@ -210,12 +214,24 @@ def layout(name, split, found):
 
 def data_root(data_dir=''):
   """The folder that holds prepared TFDS data sets: data_dir, or TFDS's own default if it is ''."""
-  return pathlib.Path(data_dir or os.environ.get('TFDS_DATA_DIR') or '~/tensorflow_datasets').expanduser()
+  return remote.path(data_dir or os.environ.get('TFDS_DATA_DIR') or '~/tensorflow_datasets')
 
 
 def prepared(dataset, data_dir=''):
   """The folder of the newest prepared version of a TFDS data set (NAME, NAME/CONFIG or NAME:VERSION), or None."""
   base = data_root(data_dir) / dataset.replace(':', '/')
-  folders = [info.parent for pattern in ('dataset_info.json', '*/dataset_info.json') for info in base.glob(pattern)]
+  with remote.refusals(base):
+    folders = [info.parent for pattern in ('dataset_info.json', '*/dataset_info.json') for info in base.glob(pattern)]
   versions = [folder for folder in folders if re.fullmatch(r'\d+\.\d+\.\d+', folder.name)]  # not 'incomplete.X_3.0.2'
   return max(versions, key=lambda folder: [int(n) for n in folder.name.split('.')], default=None)
+
+
+def copied(folder, split):
+  """A local copy of a TFDS data set in a bucket: what describes it, and the files that hold `split`."""
+  import tensorflow_datasets as tfds
+  about = sorted(name for name in remote.find(folder) if not re.search(r'-\d{5}-of-\d{5}$', name) and '/' not in name)
+  about = ['dataset_info.json', *(name for name in about if name != 'dataset_info.json')]
+  info = tfds.builder_from_directory(remote.copies(folder, about)).info
+  known = split.partition('[')[0] in info.splits  # else the caller says which there are
+  files = [pathlib.PurePath(i.filename).name for i in info.splits[split].file_instructions] if known else []
+  return remote.copies(folder, [*about, *files])

@@ -7,12 +7,12 @@ npz:PATH             arrays image uint8 [N,*S,C] and label int [N], in one file 
 tfds:NAME            a TensorFlow Datasets directory prepared as array_record; cifar10 is prepared here if it is missing
 synthetic:HxWxC[:N]  N procedural images of coloured blobs, of one to three spatial axes
 
+PATH, and the data_dir of TFDS, may be in a bucket, gs://BUCKET/FOLDER or s3://BUCKET/FOLDER: see remote.py.
 Shapes: *S one to three spatial axes, C channels last. Every image is uint8 in [0, 255], every label an int.
 """
 import difflib
 import hashlib
 import math
-import pathlib
 import re
 import warnings
 import zipfile
@@ -20,6 +20,8 @@ import zlib
 from concurrent import futures
 
 import numpy as np
+
+from diffusion_jax.data import remote
 
 KINDS = {'digits': 'digits', 'folder': 'folder:PATH', 'zip': 'zip:PATH', 'npz': 'npz:PATH', 'tfds': 'tfds:NAME',
          'synthetic': 'synthetic:HxWxC'}
@@ -119,13 +121,13 @@ def load(name, split='train', *, size=0, channels=3, data_dir='', manual_dir='',
   if kind == 'digits':
     return _digits(name, split)
   if kind == 'npz':
-    return _npz(name, split, pathlib.Path(rest).expanduser())
+    return _npz(name, split, remote.path(rest))
   if kind == 'synthetic':
     return _synthetic(name, split, rest)
   options = {'size': size, 'channels': channels, 'max_bad': max_bad}
   if kind == 'tfds':
     return images.Tfds(name, split, rest, data_dir, manual_dir, **options)
-  return {'folder': images.Folder, 'zip': images.Zip}[kind](name, split, pathlib.Path(rest).expanduser(), **options)
+  return {'folder': images.Folder, 'zip': images.Zip}[kind](name, split, remote.path(rest), **options)
 
 
 def batches(source, max_bad=10, size=1024):
@@ -241,6 +243,7 @@ def _npz(name, split, path):
     raise no_split(name, split, ['train'])
   if not path.is_file():
     raise FileNotFoundError(f'There is no file {path}: write it with np.savez(path, image=..., label=...).')
+  path = remote.here(path)
   try:
     with np.load(path, allow_pickle=False) as file:
       data = {key: file[key] for key in ('image', 'label') if key in file}

@@ -1,4 +1,4 @@
-"""Records: files that are never half-written, lines that are only appended, and the line that shows progress."""
+"""Records: files that are never half-written, lines that are only appended, in a folder or in a bucket."""
 import datetime
 import json
 import os
@@ -6,6 +6,7 @@ import pathlib
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Mapping
 from importlib import metadata
 from typing import Any
@@ -13,11 +14,16 @@ from typing import Any
 import jax
 import numpy as np
 
+from diffusion_jax.runtime import paths
+
 PACKAGES = ('diffusion_jax', 'jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'numpy')
 
 
 def write(path: pathlib.Path, data: str | bytes) -> None:
-  """Writes a file whole or not at all."""
+  """Writes a file, or an object in a bucket, whole or not at all."""
+  if paths.is_remote(path):
+    paths.write(path, data.encode() if isinstance(data, str) else data)
+    return
   path = pathlib.Path(path)
   path.parent.mkdir(parents=True, exist_ok=True)
   handle, name = tempfile.mkstemp(prefix=f'.{path.name}.', dir=path.parent)
@@ -39,21 +45,28 @@ def write_json(path: pathlib.Path, value: Any) -> None:
 
 
 def append(path: pathlib.Path, *records: Mapping[str, Any]) -> None:
-  """Appends a JSON line for each record at once; a last line that a killed writer left unfinished stays by itself."""
+  """Appends a JSON line for each record at once; a last line that a killed writer left unfinished stays by itself.
+
+  Objects in a bucket cannot be appended to: there the whole is read and written again, which one writer alone may do.
+  """
+  lines = ''.join(json.dumps(plain(record)) + '\n' for record in records).encode()
+  if paths.is_remote(path):
+    paths.write(path, (path.read_bytes() if path.exists() else b'') + lines)
+    return
   path.parent.mkdir(parents=True, exist_ok=True)
   with open(path, 'ab+') as f:
     if f.tell():
       f.seek(-1, os.SEEK_END)
       if f.read(1) != b'\n':
         f.write(b'\n')
-    f.write(''.join(json.dumps(plain(record)) + '\n' for record in records).encode())
+    f.write(lines)
 
 
 def read_lines(path: pathlib.Path) -> list[dict]:
   """The records of a JSON-lines file, without unfinished ones; [] if there is no file."""
   records = []
   if path.exists():
-    for line in path.read_text('utf-8', 'replace').splitlines():
+    for line in path.read_bytes().decode('utf-8', 'replace').splitlines():
       try:
         records.append(json.loads(line))
       except ValueError:
@@ -111,16 +124,26 @@ def git_revision() -> str:
 
 
 class Run:
-  """The records of a run folder: metrics.jsonl, beside it TensorBoard's event files."""
+  """The records of a run folder: metrics.jsonl, beside it TensorBoard's event files.
+
+  In a folder each record is written at once. In a bucket, where every write is of a whole file, records wait up to
+  FLUSH_SECONDS, and event files are written here and copied there; `flush` does both now, and must be called before
+  a checkpoint is written that says that these steps are done.
+  """
+  FLUSH_SECONDS = 30.0
 
   def __init__(self, workdir: pathlib.Path):
     import tensorboardX  # a second to import, and only training writes event files
-    self.path = workdir / 'metrics.jsonl'
-    self.events = tensorboardX.SummaryWriter(str(workdir))
+    self.workdir, self.path = workdir, workdir / 'metrics.jsonl'
+    self.copied = tempfile.TemporaryDirectory() if paths.is_remote(workdir) else None
+    self.waiting, self.since = [], time.monotonic()
+    self.events = tensorboardX.SummaryWriter(self.copied.name if self.copied else str(workdir))
 
   def metrics(self, record: Mapping[str, Any]) -> None:
     """Writes one record; its scalars go to TensorBoard under their names."""
-    append(self.path, record)
+    self.waiting.append(record)
+    if not self.copied or time.monotonic() - self.since > self.FLUSH_SECONDS:
+      self._write()
     for key, value in record.items():
       if isinstance(value, (int, float)) and key not in ('step', 'images'):
         self.events.add_scalar(key, value, record['step'])
@@ -129,6 +152,26 @@ class Run:
     """Shows an image uint8 [H, W, C] in TensorBoard."""
     self.events.add_image(name, image, step, dataformats='HWC')
 
+  def flush(self) -> None:
+    """Returns when all that was recorded is in the run folder."""
+    self._write()
+    if self.copied:
+      self.events.flush()
+      self._copy_events()
+
   def close(self) -> None:
     """Flushes and closes the event file."""
+    self._write()
     self.events.close()
+    if self.copied:
+      self._copy_events()
+      self.copied.cleanup()
+
+  def _write(self):
+    if self.waiting:
+      append(self.path, *self.waiting)
+    self.waiting, self.since = [], time.monotonic()
+
+  def _copy_events(self):
+    for file in pathlib.Path(self.copied.name).iterdir():
+      write(self.workdir / file.name, file.read_bytes())
