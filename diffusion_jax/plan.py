@@ -27,16 +27,22 @@ DOES_NOT_FIT = 1  # the exit status
 def roofline(program: Program, topology: Topology) -> dict[str, float]:
   """Seconds for a run of a program, each peak by itself; no run is faster than 'at_best', the largest of them.
 
-  'one_after_another' is their sum, as if nothing overlapped.
+  'one_after_another' is their sum, as if nothing overlapped. Where XLA does not say what is read and written, it is
+  taken to be all that lies in memory, once each: at least.
   """
   chip, share = topology.chip, topology.share
   rate = lambda dtype: chip.peak * 1e12 * share * (1 if dtype == 'bfloat16' else chip.float32)
   spread = topology.platform == 'cuda' and topology.chips > topology_lib.NODE
   links = (chip.network if spread else chip.links) * 1e9 * share
   seconds = {'compute': sum(n / len(topology.devices) / rate(dtype) for dtype, n in program.flops.items()),
-             'hbm': program.bytes_accessed / (chip.bandwidth * 1e9 * share),
+             'hbm': moved(program) / (chip.bandwidth * 1e9 * share),
              'links': sum(c.sent for c in program.collectives) / links}
   return seconds | {'at_best': max(seconds.values()), 'one_after_another': sum(seconds.values())}
+
+
+def moved(program: Program) -> float:
+  """The bytes that a device reads and writes: XLA's count, or all that lies in memory once each."""
+  return program.bytes_accessed or 2 * dict(program.memory).get('total', 0)
 
 
 def largest_batch(program: Program, other: Program | None, batch: tuple[int, int], lanes: int, usable: float) -> int:
@@ -91,7 +97,8 @@ def described(program: Program, topology: Topology, runs: int = 1) -> dict[str, 
   """A program as plain data, for one of its `runs` steps."""
   total, chip = dict(program.memory).get('total', 0), topology.chip
   data = {'memory': dict(program.memory), 'flops': {k: n / runs for k, n in program.flops.items()},
-          'flops_of_a_device_by_xla': program.flops_by_xla, 'bytes_accessed': program.bytes_accessed / runs,
+          'flops_of_a_device_by_xla': program.flops_by_xla, 'bytes_moved': moved(program) / runs,
+          'bytes_moved_by_xla': program.bytes_accessed > 0,
           'collectives': [c._asdict() for c in program.collectives], 'steps_per_call': runs,
           'compile_seconds': program.compile_seconds}
   if chip:
@@ -139,8 +146,8 @@ def _program(name, data, result):
     lines.append(f'  {part:<28}{size / MIB:12,.1f} MiB {note}'.rstrip())
   if not total:
     lines.append('  memory: unknown here')
-  if data['bytes_accessed']:
-    lines.append(f'  {"read and written":<28}{data["bytes_accessed"] / MIB:12,.1f} MiB')
+  lines.append(f'  {"read and written":<28}{data["bytes_moved"] / MIB:12,.1f} MiB'
+               + ('' if data['bytes_moved_by_xla'] else ' at least: XLA does not say'))
   lines.append(f'  {"collectives, of one device":<28}{"MiB":>12}{"MiB sent":>12}{"count":>8}')
   for c in data['collectives']:
     kind = f'{c["kind"]} {c["dtype"]}'
@@ -217,6 +224,8 @@ def main(argv: Sequence[str] | None = None) -> int:
   model_lib.check(config)
   jax.config.update('jax_platforms', 'cpu')  # a TPU or GPU of this machine, perhaps at work, is left alone
   topology = topology_lib.describe(flags.topology, flags.slices)
+  if topology.platform != 'cpu':  # programs for devices that are not here cannot be read back from JAX's cache
+    jax.config.update('jax_enable_compilation_cache', False)
   result = {'config': flags.config, 'overrides': overrides} | plan(
       config, topology, flags.examples, flags.price, flags.only, flags.twice, flags.quick)
   print(table(result))

@@ -93,8 +93,13 @@ def describe(text: str, slices: int = 1) -> Topology:
 def _tpus(text, name, chip, slices):
   for key, value in QUIET.items():
     os.environ.setdefault(key, value)
+  more = {'num_slices': slices} if slices > 1 else {}
+  if name == 'v4':
+    more['chip_config_name'] = 'megacore'  # both cores of a chip are one device, as on the machines themselves
+  if set(text.partition(':')[2].split('x')) == {'1'}:
+    more['chips_per_host_bounds'] = (1, 1, 1)
   try:
-    return topologies.get_topology_desc(text, 'tpu', **({'num_slices': slices} if slices > 1 else {})).devices
+    return topologies.get_topology_desc(text, 'tpu', **more).devices
   except RuntimeError as e:
     raise UserError(explained(e) or f'libtpu knows no {text}: slices of {name} are {chip.shapes}') from e
 
@@ -103,7 +108,7 @@ def explained(error: Exception) -> str:
   """The sentence for an error of libtpu that the user can do something about; '' for others."""
   text = str(error)
   if 'TPU support not installed' in text:
-    return ("there is no libtpu here, which compiles for TPUs: pip install 'diffusion_jax[tpu]' (no TPU is needed), or "
+    return ("there is no libtpu here, which compiles for TPUs: pip install -e '.[tpu]' (no TPU is needed), or "
             'plan for virtual devices with --topology=cpu:16')
   if 'lockfile' in text:
     return ('another process on this machine uses libtpu: wait until it has ended, or set '
@@ -119,7 +124,7 @@ def _gpus(text, name, count):
     return topologies.get_topology_desc(name, 'cuda', target_config=_target(name),
                                         topology=f'1x{nodes}x{count // nodes}').devices
   except (RuntimeError, NotImplementedError) as e:
-    raise UserError(f"there is no CUDA plugin here that compiles for {text}: pip install 'diffusion_jax[cuda]' (no GPU "
+    raise UserError(f"there is no CUDA plugin here that compiles for {text}: pip install -e '.[cuda]' (no GPU "
                     f'is needed), or plan for virtual devices with --topology=cpu:{count}') from e
 
 

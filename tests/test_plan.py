@@ -217,7 +217,7 @@ def test_a_topology_that_does_not_exist_is_refused_in_one_sentence(text, words):
 @pytest.mark.parametrize(('message', 'words'), [
     ('ABORTED: Internal error when accessing libtpu multi-process lockfile. Run "$ sudo rm /tmp/libtpu_lockfile".',
      'another process on this machine uses libtpu'),
-    ('JAX TPU support not installed; cannot generate TPU topology.', "pip install 'diffusion_jax[tpu]'"),
+    ('JAX TPU support not installed; cannot generate TPU topology.', "pip install -e '.[tpu]'"),
     ('INVALID_ARGUMENT: not divisible', 'libtpu knows no v5e:3x3: slices of v5e are 2x2, 2x4')])
 def test_errors_of_libtpu_are_sentences(monkeypatch, message, words):
   def fail(*_, **__):
@@ -274,7 +274,6 @@ def test_a_plan_for_tpus_agrees_with_libtpu():
 
 
 @needs_libtpu
-@pytest.mark.parametrize('text', ['v5e:3x3', 'v4:1x1x7'])
-def test_libtpu_refuses_slices_that_are_none(text):
-  with pytest.raises(UserError, match=r'libtpu knows no .*: slices of'):
-    topology.describe(text)
+def test_libtpu_refuses_a_slice_that_is_none():
+  with pytest.raises(UserError, match=r'libtpu knows no v5e:3x3: slices of v5e are 2x2'):
+    topology.describe('v5e:3x3')
