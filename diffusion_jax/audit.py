@@ -14,9 +14,9 @@ import numpy as np
 
 from diffusion_jax.metrics import memorisation, scores
 from diffusion_jax.metrics.memorisation import Audit
+from diffusion_jax.pictures import LINE, npz, png, tile
 from diffusion_jax.runtime import log
 from diffusion_jax.runtime.config import explain
-from diffusion_jax.sample import LINE, npz, png, tile
 
 PAIRS, COLUMNS, BAND = 50, 5, 8  # pairs shown of each space, so many in a row, and pixels between the spaces
 LEGIBLE = 32  # smaller images are enlarged to about this

@@ -14,9 +14,7 @@ import pathlib
 import sys
 import time
 import warnings
-import zipfile
-import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -24,92 +22,24 @@ import numpy as np
 
 from diffusion_jax import audit, efficiency, encode
 from diffusion_jax.data import sources
+from diffusion_jax.drawn import Samples
 from diffusion_jax.metrics import features, intervals, scores
-from diffusion_jax.metrics.features import Extractor
-from diffusion_jax.model import Trained, open_data
-from diffusion_jax.runtime import command, distributed, log
+from diffusion_jax.model import open_data
+from diffusion_jax.runtime import command, distributed, log, paths
 from diffusion_jax.runtime.checkpoint import Checkpoints
 from diffusion_jax.runtime.config import Config, UserError, explain, from_json, nearest
 from diffusion_jax.runtime.state import digest
-from diffusion_jax.sample import GUIDANCE, Generator, add_flags, describe, labels_of, npz, open_run, parse_numbers
+from diffusion_jax.sample import GUIDANCE, Generator, add_flags, describe, labels_of, open_run, parse_numbers
 from diffusion_jax.score import FEATURES, Against, given, kinds_of, score, show
 
 LOWER_IS_BETTER = ('f', 'sf', 'kid')  # how the names begin whose minimum over seeds is worth a line
-DAMAGED = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error)  # of a file that is not whole
-
-
-class Samples:
-  """Samples 0 .. num-1 of one generator, made now or found in `folder`, a file for each batch.
-
-  A file appears whole or not at all. seconds and made: how long making how many took, whenever that was.
-  """
-
-  def __init__(self, generator: Generator, trained: Trained, num: int, folder: pathlib.Path):
-    self.generator, self.trained, self.num, self.folder = generator, trained, num, folder
-    self.seconds, self.made = 0.0, 0
-
-  def batches(self, first: int = 0, every: int = 1) -> Iterator[tuple[str, np.ndarray]]:
-    """(name, images uint8 [b, *S, C]) of each batch, in order of the ids; of every `every`-th, from `first` on."""
-    size = self.generator.batch_size
-    self.seconds, self.made, adaptive = 0.0, 0, isinstance(self.generator.calls, list)
-    if adaptive:
-      self.generator.calls = []
-    for start in range(first * size, self.num, every * size):
-      ids = np.arange(start, start + size)
-      path = self.folder / f'{start:06d}-{ids[-1]:06d}.npz'
-      try:
-        with np.load(path, allow_pickle=False) as found:
-          images, seconds, calls = found['image'], float(found['seconds']), found['calls'] if adaptive else ()
-        self.generator.calls += list(calls) if adaptive else 0
-      except DAMAGED:
-        self.generator.compile(self.trained.params)
-        known, began = len(self.generator.calls) if adaptive else 0, time.perf_counter()
-        images = self.generator(self.trained.params, ids, labels_of(ids, self.trained.model.num_classes))
-        seconds = time.perf_counter() - began
-        calls = np.asarray(self.generator.calls[known:] if adaptive else [], np.float64)
-        log.write(path, npz(image=images, id=ids, seconds=np.asarray(seconds), calls=calls))
-      self.seconds, self.made = self.seconds + seconds, self.made + len(images)
-      yield path.stem, images[:self.num - start]
-
-  def features(self, extractor: Extractor) -> dict[str, np.ndarray]:
-    """What the extractor gives for all samples, made now or found beside them; on the writer, {} elsewhere.
-
-    Every process must ask, and makes the files of its own batches first.
-    """
-    processes = distributed.count()
-    if processes > 1:
-      for _ in self._parts(extractor, jax.process_index(), processes):
-        pass
-      distributed.wait()
-    if not distributed.is_writer():
-      return {}
-    parts = list(self._parts(extractor))
-    return {output: np.concatenate([part[output] for part in parts]) for output in parts[0]}
-
-  def _parts(self, extractor, *which):
-    folder = self.folder / f'{extractor.name}-{extractor.digest[:12]}'
-    for name, images in self.batches(*which):
-      path = folder / f'{name}.npz'
-      try:
-        with np.load(path, allow_pickle=False) as found:
-          seen = {output: found[output] for output in found.files}
-        if len(seen['features']) < len(images):
-          raise KeyError('made for fewer samples')
-      except DAMAGED:
-        seen = extractor.extract(images)
-        log.write(path, npz(**seen))
-      yield {output: values[:len(images)] for output, values in seen.items()}
-
-  def images(self) -> np.ndarray:
-    """All of them, in memory."""
-    return np.concatenate([images for _, images in self.batches()])
 
 
 class Evaluator:
   """Evaluates checkpoints of one run as the flags say, compiling each sampler once."""
 
   def __init__(self, flags: argparse.Namespace, config: Config):
-    self.flags, self.config, self.workdir = flags, config, pathlib.Path(flags.workdir)
+    self.flags, self.config, self.workdir = flags, config, paths.folder(flags.workdir)
     self.num = flags.num or config.eval.num_samples
     if self.num < 2:
       raise UserError(f'a distance needs at least 2 samples, got --num={self.num}')
@@ -316,7 +246,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     raise UserError(f'evaluate takes its config from the run folder: --config.{next(iter(overrides))} is for train')
   if not flags.price_per_hour >= 0:
     raise UserError(f'--price_per_hour must be at least 0, got {flags.price_per_hour}')
-  path = pathlib.Path(flags.workdir) / 'config.json'
+  path = paths.folder(flags.workdir) / 'config.json'
   command.join(flags)
   if flags.watch:
     return watch(flags, path)

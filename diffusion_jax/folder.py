@@ -26,6 +26,9 @@ class NoRecords:
   def image(self, name: str, image: np.ndarray, step: int) -> None:
     """Nothing."""
 
+  def flush(self) -> None:
+    """Nothing."""
+
   def close(self) -> None:
     """Nothing."""
 

@@ -36,7 +36,7 @@ def save_snapshot(workdir: pathlib.Path, config: Config, emas: dict[str, Any], i
     if config.ema[name].fn == public_name(ema.power_function):
       arrays = {key: snapshots.on_host(leaf) for key, leaf in named_leaves(average)}
       if jax.process_index() == 0:
-        snapshots.write(pathlib.Path(workdir) / 'snapshots' / f'{name}-{images}.safetensors', arrays,
+        snapshots.write(workdir / 'snapshots' / f'{name}-{images}.safetensors', arrays,
                         {'std': config.ema[name].std, 'images': images})
 
 

@@ -5,10 +5,11 @@ import jax
 import numpy as np
 
 from diffusion_jax.model import Model
+from diffusion_jax.pictures import columns_of, png, tile
 from diffusion_jax.runtime import distributed, log, sharding
 from diffusion_jax.runtime.config import Config
 from diffusion_jax.runtime.state import TrainState
-from diffusion_jax.sample import Generator, columns_of, labels_of, png, tile
+from diffusion_jax.sample import Generator, labels_of
 
 
 class Previews:

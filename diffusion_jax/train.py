@@ -30,7 +30,7 @@ from diffusion_jax.folder import NoRecords, claim, describe, write_about, write_
 from diffusion_jax.model import Model
 from diffusion_jax.posthoc_ema import save_snapshot
 from diffusion_jax.previews import Previews
-from diffusion_jax.runtime import checkpoint, command, distributed, lock, log, memory, sharding, snapshots
+from diffusion_jax.runtime import checkpoint, command, distributed, lock, log, memory, paths, sharding, snapshots
 from diffusion_jax.runtime import config as config_lib
 from diffusion_jax.runtime.config import Config, UserError, explain
 from diffusion_jax.runtime.state import TrainState, fingerprint, num_parameters
@@ -186,6 +186,7 @@ def fit(model: Model, optimizer: optax.GradientTransformation, abstract: TrainSt
       logged_step, logged_seconds = step, seconds
       if saving:
         watchdog.at(f'the checkpoint of step {step}')
+        records.flush()  # what a checkpoint says is done is in the records
         checkpoints.save(state, {'step': step, 'images': step * config.train.batch_size, 'seconds': seconds})
       last = time.perf_counter()
     if schedule.due(schedule.snapshot, step):
@@ -244,7 +245,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     return dry_run(config)
   if not flags.workdir:
     raise UserError('give --workdir=FOLDER, where the run is kept')
-  return train(config, pathlib.Path(flags.workdir), flags.override, flags.profile)
+  if flags.profile and paths.is_remote(flags.workdir):
+    raise UserError('--profile writes into a local folder: give a local --workdir')
+  return train(config, paths.folder(flags.workdir), flags.override, flags.profile)
 
 
 if __name__ == '__main__':

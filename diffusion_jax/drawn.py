@@ -1,0 +1,85 @@
+"""A set of samples and their features, kept as files: made once, by several processes or by whoever comes next."""
+import io
+import pathlib
+import time
+import zipfile
+import zlib
+from collections.abc import Iterator
+
+import jax
+import numpy as np
+
+from diffusion_jax.metrics.features import Extractor
+from diffusion_jax.model import Trained
+from diffusion_jax.pictures import npz
+from diffusion_jax.runtime import distributed, log
+from diffusion_jax.sample import Generator, labels_of
+
+DAMAGED = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error)  # of a file that is not whole
+
+
+class Samples:
+  """Samples 0 .. num-1 of one generator, made now or found in `folder`, a file for each batch.
+
+  A file appears whole or not at all. seconds and made: how long making how many took, whenever that was.
+  """
+
+  def __init__(self, generator: Generator, trained: Trained, num: int, folder: pathlib.Path):
+    self.generator, self.trained, self.num, self.folder = generator, trained, num, folder
+    self.seconds, self.made = 0.0, 0
+
+  def batches(self, first: int = 0, every: int = 1) -> Iterator[tuple[str, np.ndarray]]:
+    """(name, images uint8 [b, *S, C]) of each batch, in order of the ids; of every `every`-th, from `first` on."""
+    size = self.generator.batch_size
+    self.seconds, self.made, adaptive = 0.0, 0, isinstance(self.generator.calls, list)
+    if adaptive:
+      self.generator.calls = []
+    for start in range(first * size, self.num, every * size):
+      ids = np.arange(start, start + size)
+      path = self.folder / f'{start:06d}-{ids[-1]:06d}.npz'
+      try:
+        with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as found:
+          images, seconds, calls = found['image'], float(found['seconds']), found['calls'] if adaptive else ()
+        self.generator.calls += list(calls) if adaptive else 0
+      except DAMAGED:
+        self.generator.compile(self.trained.params)
+        known, began = len(self.generator.calls) if adaptive else 0, time.perf_counter()
+        images = self.generator(self.trained.params, ids, labels_of(ids, self.trained.model.num_classes))
+        seconds = time.perf_counter() - began
+        calls = np.asarray(self.generator.calls[known:] if adaptive else [], np.float64)
+        log.write(path, npz(image=images, id=ids, seconds=np.asarray(seconds), calls=calls))
+      self.seconds, self.made = self.seconds + seconds, self.made + len(images)
+      yield path.stem, images[:self.num - start]
+
+  def features(self, extractor: Extractor) -> dict[str, np.ndarray]:
+    """What the extractor gives for all samples, made now or found beside them; on the writer, {} elsewhere.
+
+    Every process must ask, and makes the files of its own batches first.
+    """
+    processes = distributed.count()
+    if processes > 1:
+      for _ in self._parts(extractor, jax.process_index(), processes):
+        pass
+      distributed.wait()
+    if not distributed.is_writer():
+      return {}
+    parts = list(self._parts(extractor))
+    return {output: np.concatenate([part[output] for part in parts]) for output in parts[0]}
+
+  def _parts(self, extractor, *which):
+    folder = self.folder / f'{extractor.name}-{extractor.digest[:12]}'
+    for name, images in self.batches(*which):
+      path = folder / f'{name}.npz'
+      try:
+        with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as found:
+          seen = {output: found[output] for output in found.files}
+        if len(seen['features']) < len(images):
+          raise KeyError('made for fewer samples')
+      except DAMAGED:
+        seen = extractor.extract(images)
+        log.write(path, npz(**seen))
+      yield {output: values[:len(images)] for output, values in seen.items()}
+
+  def images(self) -> np.ndarray:
+    """All of them, in memory."""
+    return np.concatenate([images for _, images in self.batches()])
