@@ -27,6 +27,12 @@ needs_libtpu = pytest.mark.skipif(importlib.util.find_spec('libtpu') is None, re
 CHIP = topology.Chip(peak=1, float32=.5, hbm=1, usable=.5, bandwidth=10, links=100, network=2, shapes='', source='')
 
 
+@pytest.fixture(autouse=True)
+def eight_devices():
+  """Those of all tests are there before a plan asks for others."""
+  assert len(jax.devices()) == 8
+
+
 def on_mesh(function, *shapes, dtype=jnp.float32, devices=8):
   """The collectives of `function`, mapped over so many devices, of arrays of these local shapes."""
   mesh = jax.make_mesh((devices,), ('i',), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:devices])
