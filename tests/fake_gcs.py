@@ -94,6 +94,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
   def answer(self, status, content=b'', **headers):
     """Sends a reply; what is no bytes goes as JSON."""
+    content = b'' if status in (204, 304) else content  # these have no body
     if not isinstance(content, bytes):
       content = json.dumps(content).encode()
       headers['Content-Type'] = 'application/json'

@@ -33,10 +33,19 @@ def folder(text: Any) -> Any:
   # Other processes write into the same folder (evaluate --watch follows train): a remembered listing would hide it.
   fsspec.config.conf.setdefault({'gs': 'gcs'}.get(scheme, scheme), {})['use_listings_cache'] = False
   try:
-    fsspec.get_filesystem_class(scheme)
+    system, bucket = fsspec.filesystem(scheme), rest.partition('/')[0]
   except ImportError as e:
     package = PACKAGES[scheme]
     raise UserError(f'{str(text)!r} needs the package {package}, which is not installed: pip install {package}') from e
+  try:
+    system.info(bucket)
+  except FileNotFoundError as e:
+    raise UserError(f'{str(text)!r}: there is no bucket {bucket!r}: create it, or give another') from e
+  except Exception as e:
+    if not isinstance(e, PermissionError) and getattr(e, 'code', 0) not in (401, 403) and 'Forbidden' not in str(e):
+      raise  # of the network: worth another start
+    raise UserError(f'{str(text)!r}: the bucket {bucket!r} may not be read ({_line(e)}): sign in with an account that '
+                    f'may, by gcloud auth application-default login') from e
   from etils import epath
   return epath.Path(text)
 
@@ -46,9 +55,8 @@ def write(path: Any, data: bytes) -> None:
   try:
     path.write_bytes(data)
   except OSError as e:
-    answer = ' '.join(str(e).split())[:200]
-    raise UserError(f'{str(path)!r} cannot be written ({answer}): the bucket must exist, and your account must be one '
-                    f'that may write it') from e
+    raise UserError(f'{str(path)!r} cannot be written ({_line(e)}): the bucket must exist, and your account must be '
+                    f'one that may write it') from e
 
 
 def move(source: Any, target: Any) -> None:
@@ -59,3 +67,7 @@ def move(source: Any, target: Any) -> None:
     system.mv(os.fspath(source), os.fspath(target), recursive=True)
   else:
     source.rename(target)
+
+
+def _line(error: Exception) -> str:
+  return ' '.join(str(error).split())[:200] or type(error).__name__
