@@ -54,6 +54,10 @@ def default_config() -> Config:
           'images': 102_400_000,
           'batch_size': 128,
           'accumulate': 1,        # microbatches per step
+          'remat': 'none',        # what the backward pass computes again: none, or all but products (norms, ...)
+          'reduce': 'float32',    # the type in which devices sum a bfloat16 net's gradients; bfloat16: half the bytes
+          'moments': 'float32',   # the type of the optimizer's arrays; bfloat16, rounded at random: half the memory
+          'ema_on_host': False,   # averages lie in the host's memory and pass through the device one by one
           'steps_per_call': 1,    # steps per dispatch: worth more than 1 on TPU and GPU
           'log_every': 128_000,
           'sample_every': 6_400_000,
@@ -61,7 +65,8 @@ def default_config() -> Config:
           'keep': 2,              # checkpoints kept
           'snapshot_every': 1_280_000,  # snapshots of averages that are power functions, for posthoc_ema
       },
-      'mesh': {'data': -1, 'fsdp': 1},
+      'mesh': {'data': -1, 'fsdp': 1, 'tensor': 1, 'context': 1},
+      'sharding': '',             # 'REGEX=AXES; ...': where parameters lie, before the rules of runtime/sharding.py
       'sample': {
           'sampler': spec(samplers.ddim),
           'grid': spec(levels.trailing),
@@ -103,6 +108,15 @@ def check(config: Config) -> None:
   if config.train.batch_size % config.train.accumulate:
     raise UserError(f'config.train.accumulate must divide the batch size: batch size {config.train.batch_size}, '
                     f'accumulate {config.train.accumulate}')
+  for key, names in CHOICES.items():
+    if flat[key] not in names:
+      raise UserError(f'config.{key} must be {" or ".join(names)}, got {flat[key]!r}')
+  if config.train.reduce != 'float32' and config.net.get('dtype', 'float32') == 'float32':
+    raise UserError(f'config.train.reduce is {config.train.reduce}, but the gradients of a net with '
+                    f'{"dtype float32" if "dtype" in config.net else "no dtype"} are float32: set '
+                    f'config.net.dtype=bfloat16 as well, or leave config.train.reduce=float32')
+  with explain('config.sharding'):
+    sharding.parse_rules(config.sharding)
   for key, names in (('draw', levels.DRAWS), ('sample.grid', levels.GRIDS)):
     module, _, name = flat[f'{key}.fn'].partition(':')
     if module == levels.__name__ and name not in names:
@@ -118,6 +132,8 @@ AT_LEAST = {
     0: ['seed', 'data.size', 'data.max_bad', 'data.resident_gib', 'data.workers', 'sample.guidance_low',
         'sample.guidance_high', 'sample.threshold'],
 }
+CHOICES = {'train.remat': ('none', 'products'), 'train.reduce': ('float32', 'bfloat16'),
+           'train.moments': ('float32', 'bfloat16')}
 
 
 def _check_keys(config: Config, template: Config, known: Any, prefix: str = '') -> None:
@@ -246,6 +262,7 @@ def restore(workdir: pathlib.Path, ema_name: str, step: int | None,
   if file and step is not None:
     raise UserError(f'--step chooses a checkpoint, and {ema_name!r} is an average of its own time: give one of the two')
   choose_devices(config)
+  config.train.ema_on_host = False  # this is no training
   about = json.loads((workdir / 'data.json').read_text())
   model, mesh = make(config, about['shape'], about['num_classes']), sharding.make_mesh()
   abstract, class_names = abstract_state(model, mesh), tuple(about['class_names'])
@@ -270,7 +287,7 @@ def optimizer_of(config: Config) -> optax.GradientTransformation:
     rate = optim.learning_rate(**config.learning_rate, total_images=config.train.images,
                                batch_size=config.train.batch_size)
   with explain('config.optimizer'):
-    return optim.make(config.optimizer, rate, config.clip_norm)
+    return optim.make(config.optimizer, rate, config.clip_norm, config.train.moments)
 
 
 def initial_state(model: Model, optimizer: optax.GradientTransformation, key: Array) -> TrainState:
@@ -282,8 +299,13 @@ def initial_state(model: Model, optimizer: optax.GradientTransformation, key: Ar
 
 
 def abstract_state(model: Model, mesh: jax.sharding.Mesh) -> TrainState:
-  """Shapes, types and shardings of the train state on `mesh`."""
-  shapes = jax.eval_shape(lambda k: initial_state(model, optimizer_of(model.config), k), jax.random.key(0))
-  where = sharding.state(shapes, mesh)
+  """Shapes, types and shardings of the train state on `mesh`; UserError if it cannot be laid out as the config says."""
+  config = model.config
+  shapes = jax.eval_shape(lambda k: initial_state(model, optimizer_of(config), k), jax.random.key(0))
+  with explain('config.sharding'):
+    where = sharding.state(shapes, mesh, config.sharding)
+  if config.train.ema_on_host:
+    with explain('config.train.ema_on_host'):
+      where = where.replace(emas=sharding.on_host(where.emas))
   whole = jax.tree.map(lambda _: sharding.replicated(mesh), shapes.draw)  # every device draws from all of it
   return abstract_with(shapes, where.replace(draw=whole))

@@ -1,5 +1,6 @@
 """The train step: one function of (state, metrics, data, batches), compiled once."""
 import collections
+import functools
 import time
 from collections.abc import Callable
 from typing import Any
@@ -15,9 +16,15 @@ from diffusion_jax import model as model_lib
 from diffusion_jax.core import diffusion, ema, schedules
 from diffusion_jax.core.types import Array
 from diffusion_jax.model import Model
-from diffusion_jax.runtime.config import Config, build
+from diffusion_jax.nets import layers
+from diffusion_jax.runtime import distributed, sharding
+from diffusion_jax.runtime.config import Config, build, explain
 from diffusion_jax.runtime.state import TrainState
 
+# What of the net's pass is computed again for its gradient. Products are most of the work, and half of what is kept.
+REMAT = {'none': lambda net: net,
+         'products': functools.partial(
+             jax.checkpoint, policy=jax.checkpoint_policies.save_only_these_names(layers.PRODUCT))}
 BINS = np.linspace(-16, 16, 17)  # edges of the logsnr bins; what lies outside counts in the outer ones
 
 
@@ -51,17 +58,24 @@ class Metrics(clu_metrics.Collection):
   loss_by_logsnr: Binned
 
 
-def make_step(model: Model, optimizer: optax.GradientTransformation) -> Callable:
+def make_step(model: Model, optimizer: optax.GradientTransformation, where: TrainState | None = None) -> Callable:
   """steps(root, state, metrics, data, batches) -> (state, metrics), a step for each along the first axis of `batches`.
 
   root: the key of all randomness, which is a function of (root, step); see `root_key`.
   data: the whole data set on the device, images uint8 [N, *S, C] and labels [N], and batches are indices [K, B]; or
   None, and batches are themselves (images [K, B, *S, C], labels [K, B]).
+  where: the shardings of the state, without which all is left to the compiler.
   """
   config = model.config
+  with explain('config'):
+    spread = sharding.over_context(where.step.mesh, model.shape[0]) if where else lambda x: x
   draw, process = model.draw, model.diffusion.process
   rates = {name: build(spec) for name, spec in config.ema.items()}
   size, parts = config.train.batch_size, config.train.accumulate
+  fetch_averages = store_averages = lambda emas: emas
+  if where and config.train.ema_on_host:  # each leaf passes through the device by itself
+    fetch_averages = lambda emas: jax.device_put(emas, sharding.on_device(where.emas))
+    store_averages = lambda emas: jax.device_put(emas, where.emas)
   # Warns if sampling would start where training never was.
   schedules.check_terminal(process, process.init(root_key(config)))
 
@@ -71,7 +85,7 @@ def make_step(model: Model, optimizer: optax.GradientTransformation) -> Callable
     flip_key, drop_key, level_key, eps_key, dropout_key = jax.random.split(jax.random.fold_in(root, state.step), 5)
     if config.data.flip:
       images = mirror(flip_key, images)
-    x0 = model.codec.encode(images)
+    x0 = spread(model.codec.encode(images))
     eps = jax.random.normal(eps_key, x0.shape)
     cond = model.cond(labels, jax.random.bernoulli(drop_key, config.label_dropout, (size,)))
 
@@ -79,15 +93,16 @@ def make_step(model: Model, optimizer: optax.GradientTransformation) -> Callable
       # Every parts-th example: each device keeps its own.
       part = lambda tree: jax.tree.map(lambda a: a.reshape(size // parts, parts, *a.shape[1:])[:, i], tree)
       level, correction = part(draw.sample(level_key, size, process, params['process'], state.draw))
-      net = lambda x, noise: model.net.apply({'params': params['net']}, x, noise, part(cond), train=True,
-                                             rngs={'dropout': jax.random.fold_in(dropout_key, i)})
-      losses = diffusion.loss(net, part(x0), part(eps), level, model.diffusion, model.weight, params['process'],
-                              params.get('weight'))
+      net = REMAT[config.train.remat](lambda params, x, noise: model.net.apply(
+          {'params': params}, x, noise, part(cond), train=True, rngs={'dropout': jax.random.fold_in(dropout_key, i)}))
+      losses = diffusion.loss(functools.partial(net, params['net']), part(x0), part(eps), level, model.diffusion,
+                              model.weight, params['process'], params.get('weight'))
       corrected = losses * correction
       return corrected.mean(), (losses, corrected, level)
 
     def accumulate(grads, i):
-      (_, seen), more = jax.value_and_grad(loss_of, has_aux=True)(state.params, i)
+      with layers.gradients_leave_in(config.train.reduce):
+        (_, seen), more = jax.value_and_grad(loss_of, has_aux=True)(state.params, i)
       return jax.tree.map(lambda a, b: a + b / parts, grads, more), seen
 
     zeros = jax.tree.map(jnp.zeros_like, state.params)
@@ -95,11 +110,12 @@ def make_step(model: Model, optimizer: optax.GradientTransformation) -> Callable
     losses, corrected, level = jax.tree.map(lambda a: a.swapaxes(0, 1).ravel(), seen)  # in the batch's order again
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    emas = {name: ema.update(average, params, rates[name](state.step, size)) for name, average in state.emas.items()}
+    emas = {name: ema.update(average, params, rates[name](state.step, size))
+            for name, average in fetch_averages(state.emas).items()}
     metrics = metrics.merge(Metrics.single_from_model_output(
         loss=corrected.mean(), grad_norm=optax.tree.norm(grads), losses=losses, logsnr=level.logsnr))
     remembered = draw.update(state.draw, level, losses, process, state.params['process'])
-    return (TrainState(state.step + 1, params, opt_state, emas, remembered), metrics), None
+    return (TrainState(state.step + 1, params, opt_state, store_averages(emas), remembered), metrics), None
 
   def steps(root, state, metrics, data, batches):
     fetch = lambda batch: jax.tree.map(lambda a: a[batch], data) if data else batch
@@ -164,17 +180,26 @@ class Steps:
     return state, metrics
 
 
-def compile_step(model: Model, optimizer: Any, *arguments: Any) -> tuple[Steps | None, float]:
-  """The train step compiled for (state, metrics, data, batch), and the seconds that took; None without a batch."""
-  if arguments[-1] is None:
-    return None, 0.0
-  steps, start = make_step(model, optimizer), time.perf_counter()
+def jit_step(model: Model, optimizer: optax.GradientTransformation, state: TrainState, metrics: Metrics) -> Callable:
+  """The jitted step (root, state, metrics, data, batch) -> (state, metrics, step), for arrays that lie where these do.
+
+  The state and the metrics, or ShapeDtypeStructs with shardings, say only where; they are donated: the step writes over
+  them.
+  """
+  where = jax.tree.map(lambda a: a.sharding, (state, metrics))
+  steps = make_step(model, optimizer, where[0])
 
   def call(root, *arguments):  # the root is an argument so that seeds share one compiled program
     state, metrics = steps(root, *arguments)
     return state, metrics, state.step  # the state is donated to the next call: something must stay to be waited for
 
-  where = jax.tree.map(lambda a: a.sharding, arguments[:2])
-  jitted = jax.jit(call, donate_argnums=(1, 2), out_shardings=(*where, where[0].step))
-  root = jax.device_put(root_key(model.config), where[0].step)
+  return jax.jit(call, donate_argnums=(1, 2), out_shardings=(*where, where[0].step))
+
+
+def compile_step(model: Model, optimizer: Any, *arguments: Any) -> tuple[Steps | None, float]:
+  """The train step compiled for (state, metrics, data, batch), and the seconds that took; None without a batch."""
+  if arguments[-1] is None:
+    return None, 0.0
+  jitted, start = jit_step(model, optimizer, *arguments[:2]), time.perf_counter()
+  root = distributed.everywhere(root_key(model.config), arguments[0].step.sharding)
   return Steps(jitted.lower(root, *arguments).compile(), root), time.perf_counter() - start

@@ -2,19 +2,38 @@
 
 With dtype=bfloat16 the products are computed in bfloat16, but every parameter's gradient is accumulated and left in
 float32: what is summed over devices is float32 too (a plain cast of the kernel would make XLA reduce in bfloat16).
+`gradients_leave_in` makes that a choice.
 """
+import contextlib
+import contextvars
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
 Array = jax.Array
+PRODUCT = 'product'  # the name of what Dense and Conv return, for policies of jax.checkpoint
+_LEAVES_IN: contextvars.ContextVar[str] = contextvars.ContextVar('_LEAVES_IN', default='float32')
+
+
+@contextlib.contextmanager
+def gradients_leave_in(dtype: str) -> Iterator[None]:
+  """Within it, kernels' gradients leave their products in `dtype`: 'float32', or 'bfloat16' to send half the bytes.
+
+  What devices sum over each other is of that type. It concerns bfloat16 layers only, and is read while they are traced.
+  """
+  token = _LEAVES_IN.set(dtype)
+  try:
+    yield
+  finally:
+    _LEAVES_IN.reset(token)
 
 
 def uniform_init(scale: float = 1.0) -> Callable:
@@ -92,8 +111,9 @@ class GroupNorm(nn.Module):
 def affine(product: Callable, kernel_grad: Callable, x: Array, kernel: Array, bias: Array, dtype: str) -> Array:
   """product(x, kernel) + bias in `dtype`, with float32 gradients of kernel and bias."""
   if dtype == 'float32':
-    return product(x, kernel) + bias
-  return _low_precision(product, kernel_grad, jnp.dtype(dtype), x.astype(dtype), kernel, bias)
+    return checkpoint_name(product(x, kernel) + bias, PRODUCT)
+  kernel_grad = functools.partial(kernel_grad, dtype=jnp.dtype(_LEAVES_IN.get()))
+  return checkpoint_name(_low_precision(product, kernel_grad, jnp.dtype(dtype), x.astype(dtype), kernel, bias), PRODUCT)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
@@ -108,7 +128,7 @@ def _forward(product, kernel_grad, dtype, x, kernel, bias):
 def _backward(product, kernel_grad, dtype, saved, g):
   x, kernel = saved
   dx, = jax.linear_transpose(lambda x: product(x, kernel.astype(dtype)), x)(g)
-  return dx, kernel_grad(x, g), g.astype(jnp.float32).sum(range(g.ndim - 1))
+  return dx, kernel_grad(x, g).astype(kernel.dtype), g.astype(jnp.float32).sum(range(g.ndim - 1))
 
 
 _low_precision.defvjp(_forward, _backward)
@@ -118,9 +138,9 @@ def _dot(x, kernel):
   return x @ kernel
 
 
-def _dot_kernel_grad(x, g):
+def _dot_kernel_grad(x, g, dtype=None):
   return lax.dot_general(x.reshape(-1, x.shape[-1]), g.reshape(-1, g.shape[-1]), (((0,), (0,)), ((), ())),
-                         preferred_element_type=jnp.promote_types(x.dtype, jnp.float32))
+                         preferred_element_type=dtype or jnp.promote_types(x.dtype, jnp.float32))
 
 
 def _padding(size, kernel, stride):
@@ -194,7 +214,7 @@ def _mix_outputs(a, b, c, d, axis):
   return pairs.reshape(*a.shape[:axis], 2 * a.shape[axis], *a.shape[axis + 1:])
 
 
-def _conv_kernel_grad(x, g, stride, size):
+def _conv_kernel_grad(x, g, stride, size, dtype=jnp.float32):
   """The gradient of _conv's kernel: a convolution of x with g in which batch and channels change places."""
   dims = x.ndim - 2
   space = ''.join('DHW'[3 - dims:])
@@ -205,4 +225,4 @@ def _conv_kernel_grad(x, g, stride, size):
     padding.append((low, (m - 1) * stride + size - n - low))
   return lax.conv_general_dilated(x, g, (1,) * dims, padding, rhs_dilation=(stride,) * dims,
                                   dimension_numbers=(f'C{space}N', f'I{space}O', f'{space}NC'),
-                                  preferred_element_type=jnp.float32)
+                                  preferred_element_type=dtype)

@@ -7,6 +7,7 @@ stands for a call to be made later. What is stored is plain data, `{'fn': 'diffu
 import ast
 import contextlib
 import difflib
+import functools
 import importlib
 import importlib.util
 import inspect
@@ -23,6 +24,11 @@ import ml_collections
 
 # What a config.json, perhaps from a stranger, may call. `allow` adds the user's own packages.
 ALLOWED = ['diffusion_jax.core', 'diffusion_jax.nets', 'optax']
+# Settings younger than the first runs, at the value that names what was done while there was no choice: a config.json
+# that lacks one is read as if it had it. What is added to the default config is added here, and an argument that is
+# added to a function of a spec has a default that keeps what the function did.
+ADDED = {'mesh.tensor': 1, 'mesh.context': 1, 'sharding': '', 'train.reduce': 'float32', 'train.remat': 'none',
+         'train.moments': 'float32', 'train.ema_on_host': False}
 Config = ml_collections.ConfigDict
 GROUPS = (Mapping, Config)  # a ConfigDict is not a Mapping
 
@@ -207,16 +213,37 @@ def to_json(config: Mapping) -> str:
 
 
 def from_json(path: pathlib.Path) -> Config:
-  """The config in a JSON file; UserError if it cannot be read."""
+  """The config in a JSON file, and what is younger than the file filled in; UserError if it cannot be read."""
   try:
     value = json.loads(path.read_text())
     if not isinstance(value, dict):
       raise ValueError(f'it holds a {type(value).__name__}')
-    return Config(_tuples(value))
+    return _completed(Config(_tuples(value)))
   except (FileNotFoundError, NotADirectoryError):
     raise UserError(f'there is no {path}: is {str(path.parent)!r} a run folder that train has made?') from None
   except (ValueError, AttributeError, OSError) as e:  # AttributeError: a key such as __class__
     raise UserError(f'{path} is not a config: {e}') from e
+
+
+def _completed(config: Config) -> Config:
+  """The config with what it lacks because it is older than that: `ADDED`, and arguments of functions of its specs."""
+  for key, value in ADDED.items() if isinstance(config.get('mesh'), Config) else ():
+    *groups, last = key.split('.')
+    node = functools.reduce(Config.get, groups, config)
+    if isinstance(node, Config) and last not in node:
+      node[last] = value
+  return _with_defaults(config)
+
+
+def _with_defaults(config: Config) -> Config:
+  for value in config.values():
+    if isinstance(value, Config):
+      _with_defaults(value)
+  with contextlib.suppress(UserError, ValueError, TypeError):  # `build` will say what is wrong with it
+    for key, value in (spec(_resolve(config.fn)) if 'fn' in config else {}).items():
+      if key not in config:
+        config[key] = value
+  return config
 
 
 def public_name(fn: Callable) -> str:

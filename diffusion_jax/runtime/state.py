@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from diffusion_jax.runtime.sharding import on_device
+
 Tree = Any
 
 
@@ -67,7 +69,7 @@ def num_parameters(params: Tree) -> int:
 
 def checksums(tree: Tree) -> dict[str, list[int]]:
   """{name: two 32-bit sums of the array's bits}, computed where each array lies, whatever its sharding."""
-  sums = {name: _sums(leaf) for name, leaf in named_leaves(tree)}
+  sums = {name: _sums(on_device(leaf)) for name, leaf in named_leaves(tree)}
   return {name: np.asarray(two).tolist() for name, two in sums.items()}
 
 
