@@ -84,10 +84,12 @@ def test_metrics_in_a_bucket_wait_and_are_there_after_flush_and_close(store):
   first = {name: len(store.objects['runs'][name][0]) for name in store.names('runs', 'a/events')}
   assert len(first) == 1
   records.metrics({'step': 4, 'loss': 1.0})
+  local = pathlib.Path(records.copied.name)
+  records.close()
   records.close()
   assert [r['step'] for r in log.read_lines(workdir / 'metrics.jsonl')] == [0, 1, 2, 3, 4]
   assert {name: len(store.objects['runs'][name][0]) > size for name, size in first.items()} == {next(iter(first)): True}
-  assert not pathlib.Path(records.copied.name).exists()
+  assert not local.exists()
 
 
 @gcs

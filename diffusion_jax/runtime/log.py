@@ -1,4 +1,5 @@
 """Records: files that are never half-written, lines that are only appended, in a folder or in a bucket."""
+import contextlib
 import datetime
 import json
 import os
@@ -160,17 +161,19 @@ class Run:
       self._copy_events()
 
   def close(self) -> None:
-    """Flushes and closes the event file."""
+    """Flushes and closes the event file; once is enough, and twice harms nothing."""
     self._write()
-    self.events.close()
+    with contextlib.suppress(OSError):  # the disk is full, say: what matters is in metrics.jsonl
+      self.events.close()
     if self.copied:
       self._copy_events()
       self.copied.cleanup()
+      self.copied = None
 
   def _write(self):
-    if self.waiting:
-      append(self.path, *self.waiting)
-    self.waiting, self.since = [], time.monotonic()
+    records, self.waiting, self.since = self.waiting, [], time.monotonic()
+    if records:
+      append(self.path, *records)
 
   def _copy_events(self):
     for file in pathlib.Path(self.copied.name).iterdir():
