@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 RUN := runs/quickstart
 
-.PHONY: quickstart test lint parity clean
+.PHONY: quickstart test faults lint parity clean
 
 quickstart: .venv/installed
 	$(BIN)/diffusion-jax train --config=configs/digits.py --workdir=$(RUN)
@@ -12,7 +12,13 @@ quickstart: .venv/installed
 	$(BIN)/diffusion-jax report $(RUN)
 
 test: .venv/tested
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --ignore=tests/faults
+
+# Every fault of the README's table, for real: processes killed and stopped, a full disk, a clock that goes back, and a
+# run killed thirty times. Fifteen minutes; the small disk needs root.
+faults: .venv/tested
+	$(BIN)/python -m pytest tests/faults tests/test_resume.py tests/test_sweep_killed.py tests/test_lock.py -n 2 \
+	  --dist loadfile -rs
 
 lint: .venv/tested
 	$(BIN)/ruff check .

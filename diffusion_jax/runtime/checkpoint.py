@@ -6,9 +6,11 @@ Of several processes each calls the same methods in the same order; they agree o
 """
 import contextlib
 import errno
+import functools
 import logging
 import os
 import pathlib
+import sys
 import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -50,6 +52,8 @@ class Checkpoints:
     self.writer, self.closed = writer, False
     if not writer and not self.folder.is_dir():
       raise UserError(f'there are no checkpoints in {str(workdir)!r}: train first, or give the --workdir of a run')
+    if writer:
+      _expect_late_failures()
     policies = ocp.checkpoint_managers.preservation_policy
     self.manager = ocp.CheckpointManager(
         self.folder, item_names=('state', 'meta'),
@@ -179,6 +183,14 @@ class Checkpoints:
   def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
     if error is None or jax.process_count() == 1:  # else a peer may be dead, and would be waited for
       self.close()
+
+
+@functools.cache
+def _expect_late_failures() -> None:
+  """Of many arrays that meet a full disk one is raised; the others find nobody waiting, and would print tracebacks."""
+  logging.getLogger('asyncio').setLevel(logging.CRITICAL)
+  before = sys.unraisablehook
+  sys.unraisablehook = lambda late: None if str(late.exc_value) == 'Event loop is closed' else before(late)
 
 
 @contextlib.contextmanager
