@@ -1,4 +1,5 @@
 """The batches of a run, as the train step takes them."""
+import collections
 import itertools
 from collections.abc import Iterator
 from typing import Any
@@ -19,7 +20,12 @@ def open_source(config: Config) -> sources.Source:
 
 
 class Batches:
-  """The batches of a config, as step functions take them: a function of (seed, step, process)."""
+  """The batches of a config, as step functions take them: a function of (seed, step).
+
+  Data of at most data.resident_gib stays on the devices, and a batch is the numbers of its examples. Larger data is
+  streamed: read and decoded ahead on the host, and AHEAD batches are on their way to the devices before they are used.
+  """
+  AHEAD = 2
 
   def __init__(self, config: Config, source: Any, mesh: jax.sharding.Mesh):
     self.config, self.source, self.mesh = config, source, mesh
@@ -27,18 +33,31 @@ class Batches:
     if source.nbytes <= config.data.resident_gib * 2 ** 30:
       with explain('config.data'):
         arrays = sources.arrays(source, config.data.max_bad)
-      self.data = tuple(jax.device_put(a, sharding.replicated(mesh)) for a in arrays)
+      # Every process has read all of it; device_put would compare what they have, byte by byte.
+      self.data = tuple(jax.make_array_from_callback(a.shape, sharding.replicated(mesh), a.__getitem__) for a in arrays)
 
   def __call__(self, start: int, stop: int) -> Iterator[Any]:
     """What each call of the steps start .. stop takes, steps_per_call steps at a time."""
-    train, where = self.config.train, (jax.process_index(), jax.process_count())
+    seed, size = self.config.seed, self.config.train.batch_size
+    rows = sharding.rows(self.mesh, size)  # those that this process's devices hold
     if self.data is not None:
-      singles = (pipeline.indices(self.config.seed, step, train.batch_size, len(self.data[0]), *where).astype(np.int32)
+      singles = (pipeline.indices(seed, step, size, len(self.data[0]))[rows].astype(np.int32)
                  for step in range(start, stop))
     else:
-      singles = pipeline.stream(self.source, self.config.seed, train.batch_size, start, stop, process=where[0],
-                                num_processes=where[1], workers=self.config.data.workers,
+      singles = pipeline.stream(self.source, seed, size, start, stop, rows=rows, workers=self.config.data.workers,
                                 max_bad=self.config.data.max_bad)
     with explain('config.data'):
-      while group := tuple(itertools.islice(singles, train.steps_per_call)):
-        yield jax.tree.map(lambda *a: sharding.put_batch(np.stack(a), self.mesh, axis=1), *group)
+      yield from ahead(self._put(singles), self.AHEAD)
+
+  def _put(self, singles):
+    while group := tuple(itertools.islice(singles, self.config.train.steps_per_call)):
+      yield jax.tree.map(lambda *a: sharding.put_batch(np.stack(a), self.mesh, axis=1), *group)
+
+
+def ahead(items: Iterator[Any], count: int) -> Iterator[Any]:
+  """The same items, with `count` more taken from the iterator before one is handed out."""
+  ready = collections.deque(itertools.islice(items, count))
+  for item in items:
+    ready.append(item)
+    yield ready.popleft()
+  yield from ready

@@ -59,14 +59,6 @@ def test_the_stream_of_examples_does_not_depend_on_the_batch_size(batch_size):
   np.testing.assert_array_equal(take(2, 120 // batch_size, batch_size, 17), take(2, 24, 5, 17))
 
 
-@pytest.mark.parametrize('num_processes', [1, 2, 3, 4, 6, 12])
-def test_processes_share_the_global_batch_in_order(num_processes):
-  for step in (0, 1, 7, 10 ** 12):
-    parts = [pipeline.indices(5, step, 12, 19, p, num_processes) for p in range(num_processes)]
-    assert {len(part) for part in parts} == {12 // num_processes}
-    np.testing.assert_array_equal(np.concatenate(parts), pipeline.indices(5, step, 12, 19))
-
-
 def test_a_batch_is_a_function_of_seed_and_step_whatever_was_asked_before():
   expected = [pipeline.indices(4, step, 8, 11) for step in range(20)]
   for step in np.random.default_rng(0).permutation(20):
@@ -82,24 +74,21 @@ def test_changing_a_batch_in_place_does_not_change_the_next_call():
 
 @pytest.mark.parametrize(('wrong', 'text'), [
     ({'seed': -1}, 'seed is -1'), ({'step': -2}, 'step is -2'), ({'batch_size': 0}, 'batch size is 0'),
-    ({'num_examples': 0}, 'examples is 0'), ({'process': 2, 'num_processes': 2}, 'process is 2'),
-    ({'process': -1}, 'process is -1'), ({'num_processes': 0}, 'processes is 0'),
-    ({'num_processes': 3}, 'batch size is 8, expected a multiple of the number of processes 3'),
+    ({'num_examples': 0}, 'examples is 0'),
 ])
 def test_arguments_out_of_range_are_named(wrong, text):
   with pytest.raises(ValueError, match=text):
     pipeline.indices(**{'seed': 0, 'step': 0, 'batch_size': 8, 'num_examples': 5} | wrong)
 
 
-@pytest.mark.parametrize(('process', 'num_processes'), [(0, 1), (1, 2)])
-def test_the_stream_is_the_gather_of_the_resident_arrays(process, num_processes):
+@pytest.mark.parametrize('rows', [None, [0, 1, 2, 3], [4, 5, 6, 7], [2, 3, 6, 7], [5]])
+def test_the_stream_is_the_gather_of_the_resident_arrays(rows):
   source = sources.load('synthetic:4x5x3:30')
   images, labels = sources.arrays(source)
-  rows = [pipeline.indices(1, step, 8, 30, process, num_processes) for step in range(2, 9)]
-  expected = [(images[r], labels[r]) for r in rows]
+  batches = [pipeline.indices(1, step, 8, 30)[slice(None) if rows is None else rows] for step in range(2, 9)]
+  expected = [(images[b], labels[b]) for b in batches]
   for threads in (1, 5):
-    check_equal(pipeline.stream(source, 1, 8, 2, 9, process=process, num_processes=num_processes, threads=threads),
-                expected)
+    check_equal(pipeline.stream(source, 1, 8, 2, 9, rows=rows, threads=threads), expected)
 
 
 @pytest.mark.filterwarnings('ignore:a bad record')
@@ -159,7 +148,8 @@ def test_too_many_bad_records_are_an_error_that_names_the_option():
 
 def test_stream_checks_its_arguments_before_the_first_batch():
   source = sources.load('synthetic:4x4x1:10')
-  with pytest.raises(ValueError, match='batch size is 9, expected a multiple'):
-    pipeline.stream(source, 0, 9, 0, 1, num_processes=2)
+  for rows in ([], [8], [-1, 0]):
+    with pytest.raises(ValueError, match='expected at least one from 0 to 7'):
+      pipeline.stream(source, 0, 8, 0, 1, rows=rows)
   with pytest.raises(ValueError, match=r'data\.workers is -1'):
     pipeline.stream(source, 0, 8, 0, 1, workers=-1)
