@@ -1,11 +1,15 @@
 """Streams of array_record files, and their way to the devices: the same batches whoever reads them, ahead of time."""
+import os
 import pathlib
+import socket
+import subprocess
+import sys
 
 import jax
 import numpy as np
 import pytest
 import toy_tfds
-from conftest import tiny_config
+from conftest import ROOT, tiny_config
 
 from diffusion_jax import batches as batches_lib
 from diffusion_jax.batches import Batches, ahead
@@ -92,6 +96,54 @@ def test_resident_and_streamed_data_make_the_same_batches(data_dir, toy):
   for rows, (images, labels) in zip(resident(0, 5), streamed(0, 5), strict=True):
     np.testing.assert_array_equal(np.asarray(resident.data[0])[np.asarray(rows)], images)
     np.testing.assert_array_equal(np.asarray(resident.data[1])[np.asarray(rows)], labels)
+
+
+PEER = '''
+import sys
+import jax
+import numpy as np
+address, process, data_dir, out = sys.argv[1:]
+jax.config.update('jax_cpu_collectives_implementation', 'gloo')
+jax.distributed.initialize(address, 2, int(process))
+from diffusion_jax.batches import Batches, open_source
+from diffusion_jax.model import default_config
+from diffusion_jax.runtime import sharding
+config = default_config()
+config.data.update({'source': 'tfds:toy', 'data_dir': data_dir})
+config.train.batch_size = 8
+found = {}
+for resident in (0.0, 1.0):
+  for name, mesh in {'data': {'data': 4}, 'tensor': {'data': 1, 'tensor': 4}, 'both': {'data': 2, 'tensor': 2}}.items():
+    config.data.resident_gib = resident
+    batches = Batches(config, open_source(config), sharding.make_mesh(**mesh))
+    for step, call in zip(range(4, 7), batches(4, 7)):
+      first = call[0] if batches.data is None else call
+      held = {shard.index[1].start or 0: shard.data for shard in first.addressable_shards}
+      found[f'{resident:g} {name} {step}'] = np.concatenate([held[start] for start in sorted(held)], 1)[0]
+np.savez(out, **found)
+'''
+
+
+def test_two_processes_load_the_rows_that_their_devices_hold(data_dir, toy, tmp_path):
+  """Two processes of two devices: with the batch over all of them each loads half; over none of them both load all."""
+  with socket.socket() as free:
+    free.bind(('127.0.0.1', 0))
+    address = f'127.0.0.1:{free.getsockname()[1]}'
+  start = lambda i: subprocess.Popen(
+      [sys.executable, '-c', PEER, address, str(i), data_dir, str(tmp_path / f'{i}.npz')], cwd=ROOT,
+      env=os.environ | {'JAX_NUM_CPU_DEVICES': '2'}, stderr=subprocess.PIPE)
+  peers = [start(i) for i in range(2)]
+  errors = [peer.communicate(timeout=240)[1] for peer in peers]
+  assert [peer.returncode for peer in peers] == [0, 0], errors
+  images, _ = sources.arrays(toy)
+  first, second = (np.load(tmp_path / f'{i}.npz') for i in range(2))
+  for step in range(4, 7):
+    order = pipeline.indices(0, step, 8, 30)
+    halves = [order[:4], order[4:]]
+    for name, parts in {'data': halves, 'tensor': [order, order], 'both': halves}.items():
+      for found, part in zip((first, second), parts, strict=True):
+        np.testing.assert_array_equal(found[f'1 {name} {step}'], part)
+        np.testing.assert_array_equal(found[f'0 {name} {step}'], images[part])
 
 
 @pytest.mark.parametrize('count', [0, 1, 2, 5, 9])
