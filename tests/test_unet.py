@@ -15,9 +15,11 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from nets import filled, jit, normal, shapes_of
 from safetensors.numpy import load_file
+from theirs import converted
 
 from diffusion_jax.nets import layers
-from diffusion_jax.nets.unet import SelfAttention, UNet, upsample
+from diffusion_jax.nets.blocks import SelfAttention, upsample
+from diffusion_jax.nets.unet import UNet
 from diffusion_jax.runtime import sharding
 
 FIXTURE = pathlib.Path(__file__).parent / 'fixtures' / 'unet2d_ddpm_cifar10'
@@ -34,42 +36,10 @@ def test_parameter_counts_are_ddpms(net, size, count):
   assert sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes_of(net, (1, size, size, 3)))) == count
 
 
-def ours(key):
-  """The path in our tree of a key of diffusers' UNet2DModel with four levels."""
-  for pattern, name in [
-      (r'time_embedding\.linear_1', 'embed_in'), (r'time_embedding\.linear_2', 'embed_out'),
-      ('conv_norm_out', 'norm_out'),
-      (r'mid_block\.attentions\.0', 'middle_attention'), (r'mid_block\.resnets\.(\d)', r'middle_block_\1'),
-      (r'(down|up)_blocks\.(\d)\.(down|up)samplers\.0\.conv', r'\1_\2_\3sample'),
-      (r'(down|up)_blocks\.(\d)\.resnets\.(\d)', r'\1_\2_block_\3'),
-      (r'(down|up)_blocks\.(\d)\.attentions\.(\d)', r'\1_\2_attention_\3'),
-      (r'\.norm1', '.norm_0'), (r'\.norm2', '.norm_1'), (r'\.conv1', '.conv_0'), (r'\.conv2', '.conv_1'),
-      (r'\.time_emb_proj', '.embed'), (r'\.conv_shortcut', '.shortcut'), (r'\.group_norm', '.norm'),
-      (r'\.to_q', '.query'), (r'\.to_k', '.key'), (r'\.to_v', '.value'), (r'\.to_out\.0', '.out')]:
-    key = re.sub(pattern, name, key)
-  # diffusers counts the way up from the smallest level, we name levels by their size on both ways.
-  return tuple(re.sub(r'^up_(\d)', lambda match: f'up_{3 - int(match[1])}', key).split('.'))
-
-
-def converted(weights):
-  """diffusers' tensors as our tree: NCHW kernels to channels last, linear ones transposed."""
-  tree = {}
-  for key, tensor in weights.items():
-    *path, kind = ours(key)
-    if kind == 'weight':
-      kind = 'scale' if tensor.ndim == 1 else 'kernel'
-      tensor = tensor.transpose({1: (0,), 2: (1, 0), 4: (2, 3, 1, 0)}[tensor.ndim])
-    node = tree
-    for name in path:
-      node = node.setdefault(name, {})
-    node[kind] = tensor
-  return tree
-
-
 def test_equals_diffusers():
   """DDPM's CIFAR-10 network in another library, all its parameters random, computed there in float64."""
   net = UNet(channels=8, multipliers=(1, 2, 2, 2), blocks=2, attention=(16,), dropout=0.0, groups=4)
-  params = converted(load_file(f'{FIXTURE}.safetensors'))
+  params = converted(load_file(f'{FIXTURE}.safetensors'), levels=4)
   saved = np.load(f'{FIXTURE}.npz')
   x = saved['sample'].transpose(0, 2, 3, 1)
   assert jax.tree.map(np.shape, params) == jax.tree.map(lambda leaf: leaf.shape, shapes_of(net, x.shape))

@@ -1,25 +1,35 @@
-"""The U-Net of DDPM (Ho et al. 2020, appendix B) for one, two or three spatial axes."""
-import math
+"""U-Nets for one, two or three spatial axes: DDPM, DDPM++, NCSN++ and ADM.
+
+All are `net(x, noise, cond, train) -> F` with the same levels of residual blocks; the families differ in their blocks,
+in how they change the size, and in the embedding of the noise.
+"""
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from diffusion_jax.nets.layers import Conv, Dense, GroupNorm, timestep_embedding
+from diffusion_jax.nets import blocks
+from diffusion_jax.nets.blocks import ResBlock, SelfAttention, upsample
+from diffusion_jax.nets.layers import Conv, Dense, GroupNorm, timestep_embedding, uniform_init
 
 Array = jax.Array
+REMAT = ('none', 'blocks')
 
 
 class UNet(nn.Module):
-  """x [B, *S, C], noise [B], cond -> F [B, *S, C]. Zero at initialisation.
+  """DDPM's (Ho et al. 2020, appendix B): x [B, *S, C], noise [B], cond -> F [B, *S, C]. Zero at initialisation.
 
   channels: width of the first level; multipliers: widths of the levels relative to it, each at half the size of the
   one before; blocks: residual blocks per level; attention: the sizes (of the longest axis) at which self-attention
   follows each block; dropout in [0, 1); groups: of the normalisations, must divide every width; num_classes: 0, or the
   number of labels in cond['label'] [B], of which those with cond['drop'] [B] true are replaced by the null class;
   dtype: of the products, 'float32' or 'bfloat16' (parameters, their gradients and norms stay float32); variance:
-  whether as many channels of a variance output follow those of F, [B, *S, 2 C].
+  whether as many channels of a variance output follow those of F, [B, *S, 2 C]; image: 0, or the channels of
+  cond['image'] [B, *S, image], which the first convolution sees too; remat: 'none', or 'blocks' to keep only what goes
+  into each block and compute the rest again for the gradient.
+  cond['control'] may hold residuals to be added to the skips and the middle: see `blocks.add_control`.
   """
   channels: int = 128
   multipliers: Sequence[int] = (1, 2, 2, 2)
@@ -30,6 +40,8 @@ class UNet(nn.Module):
   num_classes: int = 0
   dtype: str = 'float32'
   variance: bool = False
+  image: int = 0
+  remat: str = 'none'
 
   def __post_init__(self):
     checks = [
@@ -42,6 +54,8 @@ class UNet(nn.Module):
         (0 <= self.dropout < 1, f'dropout must lie in [0, 1), got {self.dropout}'),
         (self.num_classes >= 0, f'num_classes must be at least 0, got {self.num_classes}'),
         (self.dtype in ('float32', 'bfloat16'), f"dtype must be 'float32' or 'bfloat16', got {self.dtype!r}"),
+        (self.image >= 0, f'image must be at least 0, got {self.image}'),
+        (self.remat in REMAT, f"remat must be 'none' or 'blocks', got {self.remat!r}"),
     ]
     for ok, message in checks:
       if not ok:
@@ -53,6 +67,68 @@ class UNet(nn.Module):
     factor = 2 ** (len(self.multipliers) - 1)
     if any(n % factor for n in x.shape[1:-1]):
       raise ValueError(f'{len(self.multipliers)} levels need sizes divisible by {factor}, got {x.shape[1:-1]}')
+    emb = nn.swish(self.embed(noise, cond))
+    make_block = nn.remat(ResBlock, static_argnums=3) if self.remat == 'blocks' else ResBlock  # argument 3 is `train`
+
+    def block(h, width, name, **changes):
+      options = {**self.block_options(), **changes}
+      return make_block(width, self.dropout, self.groups, self.dtype, **options, name=name)(h, emb, train)
+
+    inputs = blocks.with_image(x, cond, self.image)
+    h = Conv(self.channels, dtype=self.dtype, name='conv_in')(inputs)
+    skips = [h]
+    for level, multiplier in enumerate(self.multipliers):
+      for i in range(self.blocks):
+        h = block(h, multiplier * self.channels, f'down_{level}_block_{i}')
+        if self.attends(h, level):
+          h = self.attend(h, cond, level, f'down_{level}_attention_{i}')
+        skips.append(h)
+      if level < len(self.multipliers) - 1:
+        h, inputs = self.halve(h, inputs, block, level)
+        skips.append(h)
+
+    h = block(h, h.shape[-1], 'middle_block_0')
+    h = self.attend(h, cond, level, 'middle_attention')
+    h = block(h, h.shape[-1], 'middle_block_1')
+    skips, h = blocks.add_control(skips, h, cond)
+
+    for level, multiplier in reversed(list(enumerate(self.multipliers))):
+      for i in range(self.blocks + 1):
+        h = block(jnp.concatenate([h, skips.pop()], axis=-1), multiplier * self.channels, f'up_{level}_block_{i}')
+        if self.attends(h, level, i):
+          h = self.attend(h, cond, level, f'up_{level}_attention_{i}')
+      if level:
+        h = self.double(h, block, level)
+
+    h = nn.swish(GroupNorm(self.groups, self.block_options().get('epsilon', 1e-6), name='norm_out')(h))
+    return Conv(x.shape[-1] * (1 + self.variance), init_scale=0.0, dtype=self.dtype, name='conv_out')(h).astype(x.dtype)
+
+  # What the families do each in their own way.
+
+  @nn.nowrap
+  def block_options(self) -> dict[str, Any]:
+    """Arguments of every ResBlock."""
+    return {}
+
+  @nn.nowrap
+  def attention_options(self) -> dict[str, Any]:
+    """Arguments of every SelfAttention."""
+    return {}
+
+  @nn.nowrap
+  def attends(self, h: Array, level: int, i: int | None = None) -> bool:
+    """Whether attention follows a block whose output is h; i: its number on the way up, None on the way down."""
+    return max(h.shape[1:-1]) in self.attention
+
+  @nn.nowrap
+  def attend(self, h: Array, cond: Mapping[str, Array], level: int, name: str) -> Array:
+    """h after attention."""
+    make = nn.remat(SelfAttention) if self.remat == 'blocks' else SelfAttention
+    return make(self.groups, self.dtype, **self.attention_options(), name=name)(h)
+
+  @nn.nowrap
+  def embed(self, noise: Array, cond: Mapping[str, Array]) -> Array:
+    """noise [B] and cond -> [B, 4 channels], before the last swish."""
     emb = timestep_embedding(noise, self.channels)
     emb = Dense(4 * self.channels, name='embed_in')(emb)
     emb = Dense(4 * self.channels, name='embed_out')(nn.swish(emb))
@@ -60,81 +136,138 @@ class UNet(nn.Module):
       label = cond['label']
       label = jnp.where(cond['drop'], self.num_classes, label) if 'drop' in cond else label
       emb += nn.Embed(self.num_classes + 1, 4 * self.channels, name='embed_label')(label)
-    emb = nn.swish(emb)
+    return emb
 
-    def block(h, width, name):
-      return ResBlock(width, self.dropout, self.groups, self.dtype, name=name)(h, emb, train)
+  @nn.nowrap
+  def halve(self, h: Array, inputs: Array, block: Any, level: int) -> tuple[Array, Array]:
+    """(h at half the size, what the next call gets as `inputs`, at first the network's)."""
+    return Conv(h.shape[-1], stride=2, dtype=self.dtype, name=f'down_{level}_downsample')(h), inputs
 
-    def attend(h, name):
-      return SelfAttention(self.groups, self.dtype, name=name)(h)
-
-    h = Conv(self.channels, dtype=self.dtype, name='conv_in')(x)
-    skips = [h]
-    for level, multiplier in enumerate(self.multipliers):
-      for i in range(self.blocks):
-        h = block(h, multiplier * self.channels, f'down_{level}_block_{i}')
-        if max(h.shape[1:-1]) in self.attention:
-          h = attend(h, f'down_{level}_attention_{i}')
-        skips.append(h)
-      if level < len(self.multipliers) - 1:
-        h = Conv(h.shape[-1], stride=2, dtype=self.dtype, name=f'down_{level}_downsample')(h)
-        skips.append(h)
-
-    h = block(h, h.shape[-1], 'middle_block_0')
-    h = attend(h, 'middle_attention')
-    h = block(h, h.shape[-1], 'middle_block_1')
-
-    for level, multiplier in reversed(list(enumerate(self.multipliers))):
-      for i in range(self.blocks + 1):
-        h = block(jnp.concatenate([h, skips.pop()], axis=-1), multiplier * self.channels, f'up_{level}_block_{i}')
-        if max(h.shape[1:-1]) in self.attention:
-          h = attend(h, f'up_{level}_attention_{i}')
-      if level:
-        h = Conv(h.shape[-1], dtype=self.dtype, name=f'up_{level}_upsample')(upsample(h))
-
-    h = nn.swish(GroupNorm(self.groups, name='norm_out')(h))
-    return Conv(x.shape[-1] * (1 + self.variance), init_scale=0.0, dtype=self.dtype, name='conv_out')(h).astype(x.dtype)
+  @nn.nowrap
+  def double(self, h: Array, block: Any, level: int) -> Array:
+    """h at twice the size."""
+    return Conv(h.shape[-1], dtype=self.dtype, name=f'up_{level}_upsample')(upsample(h))
 
 
-class ResBlock(nn.Module):
-  """norm, swish, conv; plus the embedding; norm, swish, dropout, conv; plus the input."""
-  features: int
-  dropout: float
-  groups: int
-  dtype: str
+class DDPMpp(UNet):
+  """DDPM++ (Song et al. 2021, appendix C) in the form and at the size of Karras et al. 2022, table 7, for CIFAR-10.
 
-  @nn.compact
-  def __call__(self, x: Array, emb: Array, train: bool) -> Array:
-    h = nn.swish(GroupNorm(self.groups, name='norm_0')(x))
-    h = Conv(self.features, dtype=self.dtype, name='conv_0')(h)
-    shift = Dense(self.features, name='embed')(emb).astype(h.dtype)
-    h += shift.reshape((len(x),) + (1,) * (x.ndim - 2) + (self.features,))
-    h = nn.swish(GroupNorm(self.groups, name='norm_1')(h))
-    h = nn.Dropout(self.dropout, deterministic=not train)(h)
-    h = Conv(self.features, init_scale=0.0, dtype=self.dtype, name='conv_1')(h)
-    if x.shape[-1] != self.features:
-      x = Conv(self.features, size=1, dtype=self.dtype, name='shortcut')(x)
-    return x + h
+  Unlike DDPM, residual blocks change the size, every sum is scaled by 1/sqrt(2), and attention follows only the last
+  block of a level on the way up. Labels (the null class is a row of zeros) and augment, the number of channels of
+  cond['augment'] [B, augment] (zeros where an image is as it was), enter before the embedding's first layer; without
+  that key it is taken to be zeros.
+  """
+  multipliers: Sequence[int] = (2, 2, 2)
+  blocks: int = 4
+  dropout: float = 0.13
+  augment: int = 0
+
+  @nn.nowrap
+  def block_options(self):
+    return {'skip_scale': 0.5 ** 0.5, 'project': True}
+
+  @nn.nowrap
+  def attention_options(self):
+    return {'skip_scale': 0.5 ** 0.5, 'init_scale': 0.2}
+
+  @nn.nowrap
+  def attends(self, h, level, i=None):
+    return super().attends(h, level) and i in (None, self.blocks)
+
+  @nn.nowrap
+  def features(self, noise: Array) -> Array:
+    """noise [B] -> the first embedding."""
+    return timestep_embedding(noise, self.channels)
+
+  @nn.nowrap
+  def embed(self, noise, cond):
+    emb = self.features(noise)
+    if self.num_classes:
+      labels = blocks.one_hot_labels(cond, self.num_classes) * self.num_classes ** 0.5
+      emb += Dense(emb.shape[-1], name='embed_label')(labels)
+    emb += _augmentation(self, cond, emb.shape[-1])
+    emb = Dense(4 * self.channels, name='embed_in')(emb)
+    return Dense(4 * self.channels, name='embed_out')(nn.swish(emb))
+
+  @nn.nowrap
+  def halve(self, h, inputs, block, level):
+    return block(h, h.shape[-1], f'down_{level}_downsample', resample='down'), inputs
+
+  @nn.nowrap
+  def double(self, h, block, level):
+    return block(h, h.shape[-1], f'up_{level}_upsample', resample='up')
 
 
-class SelfAttention(nn.Module):
-  """One head over all positions, scaled by C^-1/2, added to the input."""
-  groups: int
-  dtype: str
+class NCSNpp(DDPMpp):
+  """NCSN++ (Song et al. 2021, appendix C) in the form of Karras et al. 2022, table 7.
 
-  @nn.compact
-  def __call__(self, x: Array) -> Array:
-    channels = x.shape[-1]
-    h = GroupNorm(self.groups, name='norm')(x)
-    query, key, value = (
-        Dense(channels, dtype=self.dtype, name=name)(h).reshape(len(x), math.prod(x.shape[1:-1]), 1, channels)
-        for name in ('query', 'key', 'value'))
-    h = jax.nn.dot_product_attention(query, key, value).reshape(x.shape)
-    return x + Dense(channels, init_scale=0.0, dtype=self.dtype, name='out')(h)
+  DDPM++ with an anti-aliasing filter, Fourier features of the noise at `fourier_scale`, and a residual path from the
+  input: filtered, halved and convolved, it joins every level of the encoder.
+  """
+  taps: Sequence[int] = (1, 3, 3, 1)
+  fourier_scale: float = 16.0
+
+  @nn.nowrap
+  def block_options(self):
+    return {**super().block_options(), 'taps': tuple(self.taps)}
+
+  @nn.nowrap
+  def features(self, noise):
+    return blocks.fourier_embedding(noise, 2 * self.channels, self.fourier_scale)
+
+  @nn.nowrap
+  def halve(self, h, inputs, block, level):
+    h, _ = super().halve(h, inputs, block, level)
+    inputs = blocks.FilteredConv(h.shape[-1], tuple(self.taps), self.dtype, name=f'down_{level}_input')(inputs)
+    h = (h + inputs) * jnp.asarray(0.5 ** 0.5, h.dtype)
+    return h, h
 
 
-def upsample(x: Array) -> Array:
-  """Doubles every spatial axis of x [B, *S, C], repeating each element."""
-  for axis in range(1, x.ndim - 1):
-    x = jnp.repeat(x, 2, axis=axis)
-  return x
+class ADM(UNet):
+  """ADM (Dhariwal & Nichol 2021, section 3) at its size for ImageNet 64x64.
+
+  The embedding scales and shifts the second norm of each block, residual blocks change the size, and attention has
+  heads of head_channels. The null class is a row of zeros. augment is as in `DDPMpp`.
+  """
+  channels: int = 192
+  multipliers: Sequence[int] = (1, 2, 3, 4)
+  blocks: int = 3
+  attention: Sequence[int] = (32, 16, 8)
+  augment: int = 0
+  head_channels: int = 64
+
+  @nn.nowrap
+  def block_options(self):
+    # The public implementation's layers begin uniform with variance 1 / (3 fan_in).
+    return {'scale_shift': True, 'epsilon': 1e-5, 'init_scale': 1 / 3}
+
+  @nn.nowrap
+  def attention_options(self):
+    return {'head_channels': self.head_channels, 'epsilon': 1e-5, 'init_scale': 1 / 3}
+
+  @nn.nowrap
+  def embed(self, noise, cond):
+    emb = blocks.cosines_and_sines(noise, self.channels)
+    emb += _augmentation(self, cond, self.channels)
+    emb = Dense(4 * self.channels, init_scale=1 / 3, name='embed_in')(emb)
+    emb = Dense(4 * self.channels, init_scale=1 / 3, name='embed_out')(nn.swish(emb))
+    if self.num_classes:
+      rows = self.param('embed_label', nn.initializers.normal(1.0), (self.num_classes, 4 * self.channels))
+      emb += blocks.one_hot_labels(cond, self.num_classes) @ rows
+    return emb
+
+  halve, double = DDPMpp.halve, DDPMpp.double
+
+
+def _augmentation(net: UNet, cond: Mapping[str, Array], width: int) -> Array | float:
+  """cond['augment'] [B, net.augment] as part of an embedding [B, width]: zero for images as they were."""
+  if not net.augment:
+    return 0.0
+  rows = net.param('embed_augment', uniform_init(), (net.augment, width))
+  augment = cond.get('augment')
+  if augment is None:
+    return 0.0
+  if augment.shape[-1] != net.augment:
+    raise ValueError(f"cond['augment'] must have {net.augment} channels, as the network's augment says, "
+                     f'got {augment.shape[-1]}')
+  return augment @ rows
