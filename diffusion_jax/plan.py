@@ -3,6 +3,7 @@
 Measured, for XLA says it of the programs compiled for that machine: memory, collectives, bytes read and written.
 Counted in the traced programs: FLOPs. Estimated: times, by a roofline of public peaks, and with them the price.
 """
+import contextlib
 import pathlib
 import re
 import sys
@@ -66,14 +67,18 @@ def plan(config: Config, topology: Topology, examples: int = 0, price: float = 0
   only: 'step' or 'sampler', '' for both; twice: compile the step for two batches, to know the largest that fits.
   """
   model, mesh = ahead.model_on(config, topology.devices)
-  compiled = lambda traced, parts: ahead.compile_program(traced, parts, mesh.size, quick)
+
+  def compiled(what, traced, rows):
+    print(f'compiling {what} for {topology.name}, which takes minutes for a large network', file=sys.stderr, flush=True)
+    return ahead.compile_program(traced, rows, mesh.size, quick)
+
   lanes, batch = ahead.lanes_of(mesh), config.train.batch_size
   result = {'topology': topology.name, 'slices': topology.slices, 'chips': topology.chips, 'devices': mesh.size,
             'chip': topology.chip and topology.chip._asdict(), 'mesh': dict(mesh.shape), 'quick': quick,
             'batch_size': batch, 'batch_per_device': batch / lanes, 'steps': ahead.num_steps(config),
             'images': config.train.images, 'resident': examples, 'versions': log.versions()}
   if only != 'sampler':
-    program = compiled(*ahead.step_on(model, mesh, topology.platform, examples))
+    program = compiled('the train step', *ahead.step_on(model, mesh, topology.platform, examples))
     result['step'] = described(program, topology, config.train.steps_per_call)
     if topology.chip:
       other = None
@@ -81,14 +86,15 @@ def plan(config: Config, topology: Topology, examples: int = 0, price: float = 0
         with config.unlocked():
           larger = Config({**config, 'train': {**config.train, 'batch_size': 2 * batch}})
         again = model_lib.make(larger, model.shape, model.num_classes)
-        other = compiled(*ahead.step_on(again, mesh, topology.platform, examples))
+        with contextlib.suppress(ahead.DoesNotFit):
+          other = compiled('the step of twice the batch', *ahead.step_on(again, mesh, topology.platform, examples))
       usable = topology.chip.hbm * topology.chip.usable * topology.share * GIB
       result['largest_batch'] = largest_batch(program, other, (batch, 2 * batch), lanes, usable)
-      result['largest_batch_by'] = 'two compiled programs' if twice else 'one compiled program'
+      result['largest_batch_by'] = 'two compiled programs' if other else 'one compiled program'
       result['run'] = run(result, price)
   if only != 'step':
-    traced, parts, generator = ahead.sampler_on(model, mesh, topology.platform)
-    result['sampler'] = described(compiled(traced, parts), topology) | {
+    traced, rows, generator = ahead.sampler_on(model, mesh, topology.platform)
+    result['sampler'] = described(compiled('the sampler', traced, rows), topology) | {
         'batch_size': generator.batch_size, 'steps': config.sample.steps, 'nfe': generator.nfe}
   return result
 
@@ -143,15 +149,15 @@ def _program(name, data, result):
     if part == 'total' and result['chip']:
       note = (f'{data["share_of_hbm"]:7.1%} of {result["chip"]["hbm"] * result["chips"] / result["devices"]:g} GiB: '
               f'{"fits" if data["fits"] else "DOES NOT FIT"}')
-    lines.append(f'  {part:<28}{size / MIB:12,.1f} MiB {note}'.rstrip())
+    lines.append(f'  {part:<28}{size / MIB:12,.2f} MiB {note}'.rstrip())
   if not total:
     lines.append('  memory: unknown here')
-  lines.append(f'  {"read and written":<28}{data["bytes_moved"] / MIB:12,.1f} MiB'
+  lines.append(f'  {"read and written":<28}{data["bytes_moved"] / MIB:12,.2f} MiB'
                + ('' if data['bytes_moved_by_xla'] else ' at least: XLA does not say'))
   lines.append(f'  {"collectives, of one device":<28}{"MiB":>12}{"MiB sent":>12}{"count":>8}')
   for c in data['collectives']:
     kind = f'{c["kind"]} {c["dtype"]}'
-    lines.append(f'    {kind:<26}{c["bytes"] / MIB:12,.1f}{c["sent"] / MIB:12,.1f}{c["count"]:8,}')
+    lines.append(f'    {kind:<26}{c["bytes"] / MIB:12,.2f}{c["sent"] / MIB:12,.2f}{c["count"]:8,}')
   if not data['collectives']:
     lines.append('    none')
   flops = sum(data['flops'].values())

@@ -207,6 +207,23 @@ def test_the_largest_batch():
   assert plan.largest_batch(small, None, (4, 8), 2, 60) == 0         # the state alone does not fit
 
 
+def test_a_plan_of_step_and_price_holds_together():
+  two = topology.Topology('test', 'cpu', CHIP, 2, jax.devices()[:2])
+  config = tiny_config(mesh__data=2)
+  found = {'config': 'tiny'} | plan.plan(config, two, price=3, only='step', twice=True)
+  step, (low, high) = found['step'], found['run']['hours']
+  assert found['steps'] == 32 and found['run']['price'] == [low * 2 * 3, high * 2 * 3]
+  assert low * 3600 == pytest.approx(32 * step['seconds']['at_best']) and 0 < low < high
+  assert step['fits'] and step['share_of_hbm'] == step['memory']['total'] / 2 ** 30
+  assert found['largest_batch_by'] == 'two compiled programs' and found['largest_batch'] > 1000
+  # The batch that is said to fill half a GiB does.
+  larger = plan.plan(tiny_config(mesh__data=2, train__batch_size=found['largest_batch']), two, only='step')
+  assert larger['step']['memory']['total'] == pytest.approx(2 ** 29, rel=.1)
+  text = plan.table(found)
+  for words in ('at best', 'by the line through two compiled programs', 'its price', 'fits', 'float32 100.0%'):
+    assert words in text
+
+
 @pytest.mark.parametrize(('text', 'words'), [
     ('v7x', "no topology 'v7x'"), ('v7x:2x2', 'did you mean tpu7x'), ('v5e-16', "'v5e-16'; did you mean v5e"),
     ('junk', 'write v5e:4x4, v5p:2x2x4, h100:8 or cpu:16'), ('', "no topology ''"),
