@@ -113,17 +113,19 @@ def train(config: Config, workdir: pathlib.Path, allow_changes: bool = False, pr
   with contextlib.ExitStack() as held:
     distributed.first(lambda: held.enter_context(lock.owned(workdir)))
     distributed.first(lambda: claim(workdir, config, allow_changes))
-    guards = held.enter_context(Interrupt()), held.enter_context(distributed.Watchdog.of_environment())
-    checkpoints = held.enter_context(checkpoint.Checkpoints(workdir, config.train.keep, writer=True))
-    return fit(model, optimizer, abstract, source, checkpoints, workdir, previews, *guards, profile)
+    return fit(model, optimizer, abstract, source, workdir, previews, held, profile)
 
 
 def fit(model: Model, optimizer: optax.GradientTransformation, abstract: TrainState, source: sources.Source,
-        checkpoints: checkpoint.Checkpoints, workdir: pathlib.Path, previews: Previews, interrupt: Interrupt,
-        watchdog: distributed.Watchdog, profile: bool) -> int:
-  """The one training loop: restores or initialises, then step after step to the end or to an interrupt."""
+        workdir: pathlib.Path, previews: Previews, held: contextlib.ExitStack, profile: bool) -> int:
+  """The one training loop: restores or initialises, then step after step to the end or to an interrupt.
+
+  What has to be closed, however it ends, is given to `held`.
+  """
   config, mesh, schedule = model.config, abstract.step.sharding.mesh, Schedule.of(model.config.train)
   done_path, writer = workdir / 'done.json', distributed.is_writer()
+  interrupt, watchdog = held.enter_context(Interrupt()), held.enter_context(distributed.Watchdog.of_environment())
+  checkpoints = held.enter_context(checkpoint.Checkpoints(workdir, config.train.keep, writer=True))
   restored = checkpoints.restore(abstract)
   if restored:
     state, meta = restored
@@ -136,7 +138,7 @@ def fit(model: Model, optimizer: optax.GradientTransformation, abstract: TrainSt
   if writer:
     done_path.unlink(missing_ok=True)
     write_about(workdir, model, source, num_parameters(abstract.params))
-  records = log.Run(workdir) if writer else NoRecords()
+  records = held.enter_context(contextlib.closing(log.Run(workdir) if writer else NoRecords()))
 
   batches = Batches(config, source, mesh)
   metrics = distributed.everywhere(Metrics.empty(), sharding.replicated(mesh))
@@ -176,7 +178,6 @@ def fit(model: Model, optimizer: optax.GradientTransformation, abstract: TrainSt
       record = describe(values.compute(), config, step, logged_step, seconds, logged_seconds)
       record['count_by_logsnr'] = values.loss_by_logsnr.count.tolist()
       if not np.isfinite([record['loss'], record['grad_norm']]).all():
-        records.close()
         raise NotFinite(f'the loss or its gradient is not finite between steps {logged_step} and {step} (loss '
                         f'{record["loss"]}, gradient norm {record["grad_norm"]}): the checkpoints before are '
                         f'untouched; try a lower config.learning_rate.peak or config.clip_norm')

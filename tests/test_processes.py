@@ -67,7 +67,7 @@ def two(tmp_path_factory):
   run = folder / 'run'
   status, said = gang(2, 2, run, f'{write_config(folder)} --workdir={run} --config.mesh.data=1 --config.mesh.fsdp=4',
                       f'sample --workdir={run} --num=11 --out={run}/samples.npz',
-                      f'evaluate --workdir={run} --features=pixels --batch_size=4 --num=22 --ema=main')
+                      f'evaluate --workdir={run} --features=pixels --batch_size=8 --num=44 --ema=main')
   assert status == 0, said
   return run, said
 
@@ -107,8 +107,8 @@ def scores(workdir):
 
 
 def test_scores_are_those_of_one_process_and_continue_with_another_number(two, tmp_path):
-  """22 samples in 6 batches; one process makes only what is missing."""
-  workdir, flags = tmp_path / 'again', ['--features=pixels', '--batch_size=4', '--num=22', '--ema=main']
+  """44 samples in 6 batches; one process makes only what is missing."""
+  workdir, flags = tmp_path / 'again', ['--features=pixels', '--batch_size=8', '--num=44', '--ema=main']
   shutil.copytree(two[0], workdir)
   files = sorted((workdir / 'eval').rglob('*.npz'))
   assert len(files) == 12  # of samples, and of their features
