@@ -51,7 +51,7 @@ def shapes(net: CLIPText) -> dict:
   return names.shapes(net, jax.ShapeDtypeStruct((1, net.length), jnp.int32))
 
 
-def from_theirs(net: CLIPText, tensors: Mapping[str, np.ndarray], where: str = 'the weights of CLIP') -> dict:
+def from_theirs(net: CLIPText, tensors: Mapping[str, np.ndarray], where: str = 'the file of CLIP') -> dict:
   """Our parameters; names may begin with 'text_model.' or not, and the table of places that old files hold is no
   parameter. UserError as in names.from_theirs.
   """

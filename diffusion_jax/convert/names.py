@@ -102,10 +102,13 @@ def _wanted(table, tree):
     raise ValueError('a name table must give every module a path of its own')
   wanted = {}
   for path, leaf in flax.traverse_util.flatten_dict(tree).items():
-    module = '/'.join(path[:-1])
-    if module not in modules:
+    module, whole = '/'.join(path[:-1]), '/'.join(path)
+    if whole in modules:  # a table that is a parameter of the network itself
+      wanted[f'{modules[whole]}.weight'] = path, leaf
+    elif module in modules:
+      wanted[f'{modules[module]}.{LEAVES[path[-1]]}'] = path, leaf
+    else:
       raise ValueError(f'the name table has no {module!r}')
-    wanted[f'{modules[module]}.{LEAVES[path[-1]]}'] = path, leaf
   return wanted
 
 
