@@ -159,6 +159,18 @@ def test_a_dropped_label_is_the_null_class(apply):
   np.testing.assert_array_equal(mixed[1], apply(label=1)[1])
 
 
+@pytest.mark.parametrize('make', [SMALL, JOINT], ids=['DiT', 'MMDiT'])
+def test_an_image_beside_the_input_counts(make):
+  """As for super-resolution: channels that the patches have too, and the output has not."""
+  net, x, image = make(depth=1, image=2), normal(2, 4, 4, 3), normal(2, 4, 4, 2, seed=5)
+  cond = cond_of(net, 2) | {'image': image}
+  params = filled(jax.eval_shape(net.init, jax.random.key(0), x, jnp.zeros(2), cond)['params'])
+  changed = np.stack([image[0] + 1, image[1]])
+  base, other = outputs(net, params, x, cond), outputs(net, params, x, cond | {'image': changed})
+  assert base.shape == x.shape and np.abs(base - other)[0].max() > 1e-2
+  np.testing.assert_array_equal(base[1], other[1])
+
+
 # Options that change no number
 
 
@@ -282,6 +294,7 @@ def test_an_empty_text_is_finite(joint):
     (lambda: DiT(positions='none'), "positions must be 'sincos' or 'learned', got 'none'"),
     (lambda: DiT(num_classes=-1), 'num_classes must be at least 0, got -1'),
     (lambda: MMDiT(dtype='float16'), "dtype must be 'float32' or 'bfloat16', got 'float16'"),
+    (lambda: DiT(image=-1), 'image must be at least 0, got -1'),
     (lambda: DiT(remat='all'), "remat must be 'none' or 'blocks', got 'all'"),
     (lambda: shapes_of(SMALL(patch=3), 1, 9, 8, 3), r'patches of \(3, 3\) must divide .* got sizes \(9, 8\)'),
     (lambda: shapes_of(SMALL(patch=(2, 2)), 1, 8, 3), r'patches of \(2, 2\) must divide .* got sizes \(8,\)'),

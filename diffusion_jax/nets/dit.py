@@ -6,6 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from diffusion_jax.nets.blocks import cosines_and_sines, with_image
 from diffusion_jax.nets.layers import Dense
 
 Array = jax.Array
@@ -23,6 +24,7 @@ class DiT(nn.Module):
   num_classes: 0, or the number of labels in cond['label'] [B], of which those with cond['drop'] [B] true are
   replaced by the null class; dtype: of the products, 'float32' or 'bfloat16' (parameters, their gradients and the
   norms stay float32); variance: whether as many channels of a variance output follow those of F, [B, *S, 2 C];
+  image: 0, or the channels of cond['image'] [B, *S, image], which the patches have too;
   remat: 'none', or 'blocks' to compute each block again for the gradient instead of keeping what is inside it;
   scan: whether the blocks are one program in a loop, with parameters [depth, ...] under 'blocks' in place of
   'block_0', 'block_1', ...: the same function, which compiles in a time that does not grow with depth.
@@ -36,6 +38,7 @@ class DiT(nn.Module):
   num_classes: int = 0
   dtype: str = 'float32'
   variance: bool = False
+  image: int = 0
   remat: str = 'none'
   scan: bool = False
 
@@ -53,7 +56,7 @@ class DiT(nn.Module):
       init = nn.initializers.normal(0.02)
       emb += nn.Embed(self.num_classes + 1, self.width, embedding_init=init, name='embed_label')(label)
     emb = nn.swish(emb)
-    h = Patches(self.width, sides, self.positions, self.dtype, name='patches')(x)
+    h = Patches(self.width, sides, self.positions, self.dtype, name='patches')(with_image(x, cond, self.image))
 
     make = nn.remat(Block) if self.remat == 'blocks' else Block
     if self.scan:
@@ -83,6 +86,7 @@ class MMDiT(nn.Module):
   positions: str = 'sincos'
   dtype: str = 'float32'
   variance: bool = False
+  image: int = 0
   remat: str = 'none'
 
   def __post_init__(self):
@@ -101,7 +105,7 @@ class MMDiT(nn.Module):
     mean = jnp.sum(text, 1, jnp.float32, where=mask[..., None]) / jnp.maximum(mask.sum(1, keepdims=True), 1)
     emb = LevelEmbedding(self.width, name='embed')(noise) + Dense(self.width, name='embed_mean')(mean)
     emb = nn.swish(emb)
-    h = Patches(self.width, sides, self.positions, self.dtype, name='patches')(x)
+    h = Patches(self.width, sides, self.positions, self.dtype, name='patches')(with_image(x, cond, self.image))
 
     make = nn.remat(JointBlock) if self.remat == 'blocks' else JointBlock
     for i in range(self.depth):
@@ -120,6 +124,7 @@ def _check(net) -> None:
       (all(side >= 1 for side in sides), f'patch must be at least 1 along every axis, got {net.patch}'),
       (net.positions in ('sincos', 'learned'), f"positions must be 'sincos' or 'learned', got {net.positions!r}"),
       (getattr(net, 'num_classes', 0) >= 0, f'num_classes must be at least 0, got {getattr(net, "num_classes", 0)}'),
+      (net.image >= 0, f'image must be at least 0, got {net.image}'),
       (net.dtype in ('float32', 'bfloat16'), f"dtype must be 'float32' or 'bfloat16', got {net.dtype!r}"),
       (net.remat in ('none', 'blocks'), f"remat must be 'none' or 'blocks', got {net.remat!r}"),
   ]
@@ -143,11 +148,8 @@ class LevelEmbedding(nn.Module):
 
   @nn.compact
   def __call__(self, noise: Array) -> Array:
-    half = FREQUENCIES // 2
-    angles = noise.astype(jnp.float32)[:, None] * 10_000.0 ** (-jnp.arange(half) / half)
-    emb = jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=1)
     dense = lambda name: nn.Dense(self.width, kernel_init=nn.initializers.normal(0.02), name=name)
-    return dense('out')(nn.swish(dense('in')(emb)))
+    return dense('out')(nn.swish(dense('in')(cosines_and_sines(noise, FREQUENCIES))))
 
 
 class Patches(nn.Module):
