@@ -77,15 +77,16 @@ def waiting(calls: Iterable[Any], step_seconds: float, log_every: int) -> float:
   return device.share()
 
 
-def rate(calls: Iterable[Any], batch_size: int) -> float:
-  """Images per second that arrive on the device where nothing else is done."""
+def alone(calls: Iterable[Any]) -> tuple[float, float]:
+  """(batches per second that arrive on the device where nothing else is done, CPU seconds of this process for each)."""
+  cpu = time.process_time()
   for batch in itertools.islice(calls := iter(calls), WARM_UP):
     jax.block_until_ready(batch)
   count, began = 0, time.perf_counter()
   for batch in calls:
     jax.block_until_ready(batch)
-    count += batch_size
-  return count / (time.perf_counter() - began)
+    count += 1
+  return count / (time.perf_counter() - began), (time.process_time() - cpu) / (WARM_UP + count)
 
 
 def measure(config: Any, size: int, workers: int, flags: Any) -> dict[str, Any]:
@@ -94,12 +95,13 @@ def measure(config: Any, size: int, workers: int, flags: Any) -> dict[str, Any]:
   source, mesh = open_source(config), sharding.make_mesh(devices=jax.devices()[:1])
   batches, load = Batches(config, source, mesh), os.getloadavg()[0]
   steps = WARM_UP + flags.steps
-  alone = rate(batches(0, steps), flags.batch_size)
+  rate, cpu = alone(batches(0, steps))
   share = waiting(batches(0, steps), flags.step_ms / 1e3, flags.log_every)
   return {'size': size, 'format': pictures.FORMATS[size], 'images': len(source), 'workers': workers,
           'batch_size': flags.batch_size, 'step_ms': flags.step_ms, 'log_every': flags.log_every, 'steps': flags.steps,
-          'images_per_second_alone': alone, 'share_waiting': share, 'load_before': load, 'device': cases.device(),
-          'time': log.now(), 'git_revision': log.git_revision()}
+          'images_per_second_alone': rate * flags.batch_size, 'cpu_ms_per_batch': None if workers else 1e3 * cpu,
+          'share_waiting': share, 'load_before': load, 'device': cases.device(), 'time': log.now(),
+          'git_revision': log.git_revision()}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -133,7 +135,7 @@ def main(argv: Sequence[str] | None = None) -> int:
       for count in workers:
         found = measure(config, size, count, flags)
         log.append(out, found)
-        by = f'{count} processes' if count else 'threads'
+        by = f'{count} processes' if count else f'threads ({found["cpu_ms_per_batch"]:.0f} ms of a core for a batch)'
         print(f'{size}x{size} {found["format"]}, decoded by {by}: the step waits {100 * found["share_waiting"]:.2f} % '
               f'of the time ({flags.batch_size} images in {flags.step_ms:g} ms; the pipeline alone makes '
               f'{found["images_per_second_alone"]:,.0f} images/s, load {found["load_before"]:.1f} before)', flush=True)
