@@ -158,7 +158,7 @@ def alone():
 
 @pytest.mark.parametrize(('unet', 'mesh'), [
     (False, (2,)), (False, (8,)), (False, (1, 4)), (False, (1, 1, 2)), (False, (1, 1, 1, 4)), (False, (2, 2, 2)),
-    (True, (1, 2, 2, 2))], ids=str)
+    (True, (2, 2, 2)), (True, (1, 2, 1, 2))], ids=str)
 def test_every_mesh_computes_the_same(alone, unet, mesh, monkeypatch):
   monkeypatch.setattr(sharding, 'MIN_SHARDED_SIZE', 0)
   mesh = sharding.make_mesh(*mesh)
@@ -173,6 +173,8 @@ def test_every_mesh_computes_the_same(alone, unet, mesh, monkeypatch):
 def test_context_must_divide_the_image():
   with pytest.raises(UserError, match=r'mesh.context must divide the first axis of an image: context 3, size 8'):
     run_steps(tiny_config(), sharding.make_mesh(1, 1, 1, 3), 1)
+  with pytest.raises(UserError, match=r'mesh.tensor=2 and mesh.context=2 cannot both be above 1'):
+    run_steps(tiny_config(), sharding.make_mesh(1, 1, 2, 2), 1)
 
 
 class Run:

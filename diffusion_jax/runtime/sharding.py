@@ -112,11 +112,15 @@ def over_context(mesh: Mesh, size: int) -> Callable:
   """x [B, S, ...] -> x, within a jitted function, with the first spatial axis spread over 'context' if that is above 1.
 
   Convolutions exchange their borders then, and attention gathers keys and values. Raises ValueError if `size`, of that
-  axis, does not divide.
+  axis, does not divide, or if 'tensor' is above 1 too: of a U-Net split both ways, XLA gets gradients wrong (jaxlib
+  0.10 and its partitioner on CPU: right by each axis alone, several times too large by both).
   """
   n = mesh.shape['context']
   if n == 1:
     return lambda x: x
+  if mesh.shape['tensor'] > 1:
+    raise ValueError(f'mesh.tensor={mesh.shape["tensor"]} and mesh.context={n} cannot both be above 1, since XLA does '
+                     f'not split convolutions both ways correctly: set one of them to 1 and take fsdp instead')
   if size % n:
     raise ValueError(f'mesh.context must divide the first axis of an image: context {n}, size {size}')
   return lambda x: jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P(BATCH, 'context')))
