@@ -74,6 +74,12 @@ def test_what_cannot_be_converted_is_named(key, value, words):
     convert.net({**convert.config(NET, 32), key: value})
 
 
+def test_adm_without_a_norm_in_the_middle_is_another_network():
+  config = {**convert.config(ADM(), 64), 'attn_norm_num_groups': None}
+  with pytest.raises(UserError, match='attn_norm_num_groups is None, and only 32 can be converted'):
+    convert.net(config)
+
+
 @pytest.mark.parametrize('net', [DDPMpp(), UNet(image=3), ADM(augment=9)])
 def test_what_unet2d_is_not_is_refused(net):
   with pytest.raises(UserError, match=rf'UNet or ADM without image or augment, got {type(net).__name__}, image'):

@@ -13,7 +13,7 @@ from diffusion_jax.runtime.config import UserError
 CLASSES = ('UNet2DModel',)
 # What both networks are among those that this class can be; the first value is diffusers' own.
 FIXED = {'center_input_sample': (False,), 'time_embedding_type': ('positional',), 'mid_block_scale_factor': (1,),
-         'act_fn': ('silu',), 'add_attention': (True,), 'class_embed_type': (None,), 'attn_norm_num_groups': (None,),
+         'act_fn': ('silu',), 'add_attention': (True,), 'class_embed_type': (None,),
          'mid_block_type': ('UNetMidBlock2D',)}
 # What each is; a config must say it.
 OWN = {
@@ -22,7 +22,8 @@ OWN = {
     ADM: {'resnet_time_scale_shift': ('scale_shift',), 'freq_shift': (0,), 'flip_sin_to_cos': (True,),
           'norm_eps': (1e-5,), 'downsample_type': ('resnet',), 'upsample_type': ('resnet',)},
 }
-CONV = {'downsample_type': ('conv',), 'upsample_type': ('conv',)}  # DDPM's, and diffusers' own
+# DDPM's, which is also diffusers' own.
+SILENT = {'downsample_type': ('conv',), 'upsample_type': ('conv',), 'attn_norm_num_groups': (None,)}
 
 
 def net(config: Mapping[str, Any], where: str = 'the config of UNet2DModel') -> UNet | ADM:
@@ -33,7 +34,10 @@ def net(config: Mapping[str, Any], where: str = 'the config of UNet2DModel') -> 
   family = ADM if config.get('resnet_time_scale_shift') == 'scale_shift' else UNet
   config = {'resnet_time_scale_shift': 'default', **config}
   names.only({key: names.get(config, key, where) for key in OWN[family]}, OWN[family], where)
-  names.only(config, FIXED if family is ADM else FIXED | CONV, where)
+  groups = config.get('norm_num_groups') or 32
+  # Where the embedding scales, diffusers' middle attention has no norm unless the config names its groups.
+  names.only({'attn_norm_num_groups': None, **config}, FIXED | (
+      {'attn_norm_num_groups': (groups,)} if family is ADM else SILENT), where)
   channels, size = names.get(config, 'block_out_channels', where), names.get(config, 'sample_size', where)
   down, up = names.get(config, 'down_block_types', where), names.get(config, 'up_block_types', where)
   attends = [kind == 'AttnDownBlock2D' for kind in down]
@@ -49,7 +53,7 @@ def net(config: Mapping[str, Any], where: str = 'the config of UNet2DModel') -> 
   own = {'head_channels': names.get(config, 'attention_head_dim', where) or 0} if family is ADM else {}
   return family(
       channels=channels[0], multipliers=tuple(c // channels[0] for c in channels),
-      blocks=config.get('layers_per_block', 2), groups=config.get('norm_num_groups') or 32,
+      blocks=config.get('layers_per_block', 2), groups=groups,
       attention=tuple(size >> level for level, attended in enumerate(attends) if attended),
       dropout=config.get('dropout', 0.0), num_classes=labels if family is ADM else max(labels - 1, 0),
       variance=outputs != inputs, **own)
@@ -66,14 +70,14 @@ def config(net: UNet | ADM, size: int, channels: int = 3) -> dict[str, Any]:
                     f'without image or augment, got {net.__class__.__name__}, image {net.image}, augment '
                     f'{getattr(net, "augment", 0)}')
   attends = [size >> level in net.attention for level in range(len(net.multipliers))]
-  own = {'attention_head_dim': net.head_channels or None} if family is ADM else {}
+  own = {'attention_head_dim': net.head_channels or None, 'attn_norm_num_groups': net.groups} if family is ADM else {}
   labels = net.num_classes + (family is UNet) if net.num_classes else None
   return {'_class_name': 'UNet2DModel', 'sample_size': size, 'in_channels': channels,
           'out_channels': channels * (1 + net.variance), 'down_block_types': _kinds('Down', attends, family),
           'up_block_types': _kinds('Up', attends[::-1], family), 'layers_per_block': net.blocks, 'dropout': net.dropout,
           'block_out_channels': [net.channels * m for m in net.multipliers], 'norm_num_groups': net.groups,
-          'num_class_embeds': labels, **own,
-          **{key: values[0] for key, values in (CONV | FIXED | OWN[family]).items()}}
+          'num_class_embeds': labels,
+          **{key: values[0] for key, values in (SILENT | FIXED | OWN[family]).items()}, **own}
 
 
 def table(net: UNet, attention: Callable[[int], Mapping[str, str]] = lambda level: names.ATTENTION) -> dict[str, str]:
