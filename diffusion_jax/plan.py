@@ -60,11 +60,11 @@ def largest_batch(program: Program, other: Program | None, batch: tuple[int, int
   return max(0, int((batch[0] + (usable - total) / max(slope, 1)) // lanes * lanes))
 
 
-def plan(config: Config, topology: Topology, examples: int = 0, price: float = 0, only: str = '', twice: bool = False,
+def plan(config: Config, topology: Topology, part: str, examples: int = 0, price: float = 0, twice: bool = False,
          quick: bool = False) -> dict[str, Any]:
-  """All that is known of a run of `config` on a topology, as plain data: see `table` for what it holds.
+  """What is known of the 'step' or the 'sampler' (part) of a run on a topology, as plain data: see `lines_of`.
 
-  only: 'step' or 'sampler', '' for both; twice: compile the step for two batches, to know the largest that fits.
+  twice: compile the step for two batches, to know the largest that fits; others: see the flags.
   """
   model, mesh = ahead.model_on(config, topology.devices)
 
@@ -77,7 +77,7 @@ def plan(config: Config, topology: Topology, examples: int = 0, price: float = 0
             'chip': topology.chip and topology.chip._asdict(), 'mesh': dict(mesh.shape), 'quick': quick,
             'batch_size': batch, 'batch_per_device': batch / lanes, 'steps': ahead.num_steps(config),
             'images': config.train.images, 'resident': examples, 'versions': log.versions()}
-  if only != 'sampler':
+  if part == 'step':
     program = compiled('the train step', *ahead.step_on(model, mesh, topology.platform, examples))
     result['step'] = described(program, topology, config.train.steps_per_call)
     if topology.chip:
@@ -92,7 +92,7 @@ def plan(config: Config, topology: Topology, examples: int = 0, price: float = 0
       result['largest_batch'] = largest_batch(program, other, (batch, 2 * batch), lanes, usable)
       result['largest_batch_by'] = 'two compiled programs' if other else 'one compiled program'
       result['run'] = run(result, price)
-  if only != 'step':
+  else:
     traced, rows, generator = ahead.sampler_on(model, mesh, topology.platform)
     result['sampler'] = described(compiled('the sampler', traced, rows), topology) | {
         'batch_size': generator.batch_size, 'steps': config.sample.steps, 'nfe': generator.nfe}
@@ -121,21 +121,21 @@ def run(result: dict[str, Any], price: float) -> dict[str, Any]:
   return {'hours': hours, 'price_per_chip_hour': price, 'price': cost} if price else {'hours': hours}
 
 
-def table(result: dict[str, Any]) -> str:
-  """A plan as text: what is measured, what is counted, what is estimated."""
-  chip = result['chip']
+def heading(result: dict[str, Any]) -> str:
+  """What is planned, and where."""
   mesh = ', '.join(f'{name}={size}' for name, size in result['mesh'].items() if size > 1) or 'one device'
-  devices = f'{result["chips"]} chips' + (f', {result["devices"]} devices' * (result['devices'] != result['chips']))
-  lines = [f'{result["config"]} on {result["topology"]}: {devices}, a mesh of {mesh}', '']
-  for name in ('step', 'sampler'):
-    if name in result:
-      lines += [*_program(name, result[name], result), '']
-  if 'run' in result:
-    lines += _estimates(result, chip)
-  elif not chip:
-    lines.append('Virtual devices have no speed and no memory of their own: nothing is estimated, and memory and '
-                 'collectives are those of a program for CPUs.')
-  return '\n'.join(lines)
+  devices = f'{result["chips"]} chips' + f', {result["devices"]} devices' * (result['devices'] != result['chips'])
+  return f'{result["config"]} on {result["topology"]}: {devices}, a mesh of {mesh}'
+
+
+def lines_of(result: dict[str, Any], part: str) -> list[str]:
+  """A part of a plan as text: what is measured, what is counted, what is estimated."""
+  lines = _program(part, result[part], result)
+  if part == 'step':
+    lines += ['', *(_estimates(result, result['chip']) if result['chip'] else [
+        'Virtual devices have no speed and no memory of their own: nothing is estimated, and memory and collectives '
+        'are those of a program for CPUs.'])]
+  return lines
 
 
 def _program(name, data, result):
@@ -232,11 +232,13 @@ def main(argv: Sequence[str] | None = None) -> int:
   topology = topology_lib.describe(flags.topology, flags.slices)
   if topology.platform != 'cpu':  # programs for devices that are not here cannot be read back from JAX's cache
     jax.config.update('jax_enable_compilation_cache', False)
-  result = {'config': flags.config, 'overrides': overrides} | plan(
-      config, topology, flags.examples, flags.price, flags.only, flags.twice, flags.quick)
-  print(table(result))
-  if flags.json:
-    log.write_json(pathlib.Path(flags.json), result)
+  result = {'config': flags.config, 'overrides': overrides}
+  for part in [flags.only] if flags.only else ['step', 'sampler']:
+    first = 'chips' not in result
+    result |= plan(config, topology, part, flags.examples, flags.price, flags.twice, flags.quick)
+    print('\n'.join([heading(result)] * first + ['', *lines_of(result, part)]), flush=True)
+    if flags.json:
+      log.write_json(pathlib.Path(flags.json), result)
   return 0 if all(result.get(name, {}).get('fits', True) for name in ('step', 'sampler')) else DOES_NOT_FIT
 
 

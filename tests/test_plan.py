@@ -167,15 +167,17 @@ def test_microbatches_cost_no_flops():
 
 
 def test_a_sampler_costs_a_network_for_every_evaluation():
-  def plan_of(steps, **changes):
-    config = tiny_config(sample__steps=steps, mesh__data=2, **changes)
-    return plan.plan(config, topology.describe('cpu:2'), only='sampler')['sampler']
-  few, many = plan_of(4), plan_of(12)
-  assert few['flops']['float32'] / few['nfe'] == many['flops']['float32'] / many['nfe']
-  assert plan_of(4, sample__guidance=2.)['flops']['float32'] == 2 * few['flops']['float32']
-  memory = few['memory']
-  assert memory['total'] == sum(memory.values()) - memory['total']
-  assert few['batch_size'] == 8 and not few['collectives']  # each device has samples of its own
+  def flops_of(steps, **changes):
+    model, mesh = ahead.model_on(tiny_config(sample__steps=steps, mesh__data=2, **changes), jax.devices()[:2])
+    traced, _, generator = ahead.sampler_on(model, mesh, 'cpu')
+    return programs.flops(traced.jaxpr)['float32'], generator.nfe
+  (few, nfe), (many, more) = flops_of(4), flops_of(12)
+  assert few / nfe == many / more and more > nfe
+  assert flops_of(4, sample__guidance=2.)[0] == 2 * few
+  planned = plan.plan(tiny_config(mesh__data=2), topology.describe('cpu:2'), 'sampler')['sampler']
+  memory = planned['memory']
+  assert memory['total'] == sum(memory.values()) - memory['total'] and planned['flops'] == {'float32': few}
+  assert planned['batch_size'] == 8 and not planned['collectives']  # each device has samples of its own
 
 
 def pod(chips=4, devices=4, platform='tpu'):
@@ -210,16 +212,16 @@ def test_the_largest_batch():
 def test_a_plan_of_step_and_price_holds_together():
   two = topology.Topology('test', 'cpu', CHIP, 2, jax.devices()[:2])
   config = tiny_config(mesh__data=2)
-  found = {'config': 'tiny'} | plan.plan(config, two, price=3, only='step', twice=True)
+  found = {'config': 'tiny'} | plan.plan(config, two, 'step', price=3, twice=True)
   step, (low, high) = found['step'], found['run']['hours']
   assert found['steps'] == 32 and found['run']['price'] == [low * 2 * 3, high * 2 * 3]
   assert low * 3600 == pytest.approx(32 * step['seconds']['at_best']) and 0 < low < high
   assert step['fits'] and step['share_of_hbm'] == step['memory']['total'] / 2 ** 30
   assert found['largest_batch_by'] == 'two compiled programs' and found['largest_batch'] > 1000
   # The batch that is said to fill half a GiB does.
-  larger = plan.plan(tiny_config(mesh__data=2, train__batch_size=found['largest_batch']), two, only='step')
+  larger = plan.plan(tiny_config(mesh__data=2, train__batch_size=found['largest_batch']), two, 'step')
   assert larger['step']['memory']['total'] == pytest.approx(2 ** 29, rel=.1)
-  text = plan.table(found)
+  text = '\n'.join([plan.heading(found), *plan.lines_of(found, 'step')])
   for words in ('at best', 'by the line through two compiled programs', 'its price', 'fits', 'float32 100.0%'):
     assert words in text
 
@@ -290,7 +292,7 @@ def test_a_plan_for_tpus_agrees_with_libtpu():
                            - measured.alias_size_in_bytes + measured.temp_size_in_bytes)
   assert rows['total'] >= rows['parameters'] + rows['optimizer'] + rows['averages'] > 0
   assert any(c.kind == 'all-reduce' for c in planned.collectives)
-  found = plan.plan(config, pod, price=2, only='step')
+  found = plan.plan(config, pod, 'step', price=2)
   low, high = found['run']['hours']
   assert 0 < low <= high and found['step']['fits'] and found['largest_batch'] > 16
   assert found['run']['price'] == [low * 4 * 2, high * 4 * 2]
