@@ -89,6 +89,15 @@ def test_bfloat16_is_close_and_gives_float32():
   assert 2e-4 < np.linalg.norm(low - full) / np.linalg.norm(full) < 5e-2
 
 
+def test_log_variances_are_kept_in_bounds():
+  """Rombach et al.'s code keeps them in [-30, 20], so that exp is finite in float32."""
+  net = SMALL.clone(channels=(4,))
+  params = filled(convert.shapes(net))
+  params['quantise']['bias'] = jnp.array([0.0, 0.0, -1e3, 1e3])
+  latents = jit(lambda params: net.apply({'params': params}, normal(1, 2, 2, 3), method='encode'))(params)
+  np.testing.assert_array_equal(latents.logvar, np.broadcast_to([-30.0, 20.0], (1, 2, 2, 2)))
+
+
 def test_the_gaussian_is_one():
   """Its draws have its mean and variance; its KL is that of a closed form, and none from itself."""
   gaussian = Gaussian(jnp.full((1, 4000), 2.0), jnp.full((1, 4000), np.log(9.0)))
