@@ -5,12 +5,18 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 
 import numpy as np
 import pytest
 import runs
+import test_processes as processes
 from conftest import ROOT
+from test_processes import alone  # noqa: F401  a fixture
+
+from launch import local
+from launch.job import Job
 
 BEAT = 6  # seconds of silence after which a process counts as dead here
 SOON = 5 * BEAT  # within which all others have ended, on a machine that does other things as well
@@ -73,14 +79,14 @@ class Gang:
     had = len(runs.records(self.workdir))
     self.until(lambda: len(runs.records(self.workdir)) >= had + records)
 
-  def ends(self, *members):
-    """[(status, stderr)] of the members, all by now if none are named."""
+  def ends(self, *members, seconds=SOON):
+    """[(status, stderr)] of the members, all if none are named."""
     found = []
     for member in members or self.members:
       try:
-        _, err = member.communicate(timeout=SOON)
+        _, err = member.communicate(timeout=seconds)
       except subprocess.TimeoutExpired:
-        pytest.fail(f'process {self.members.index(member)} still runs after {SOON} s')
+        pytest.fail(f'process {self.members.index(member)} still runs after {seconds} s')
       found.append((member.returncode, err))
     return found
 
@@ -126,7 +132,7 @@ def test_one_sigterm_stops_all_after_the_same_step_and_another_number_of_process
     with Gang(workdir, count, **changes) as gang:
       gang.trained(1)
       gang.members[victim].send_signal(signal.SIGTERM)
-      ends = gang.ends()
+      ends = gang.ends(seconds=240)  # they have to save
     assert [status for status, _ in ends] == [75] * count, ends
     told.append(max(int(name) for name in runs.names(workdir)))
     assert not (workdir / 'done.json').exists()
@@ -134,9 +140,9 @@ def test_one_sigterm_stops_all_after_the_same_step_and_another_number_of_process
   changes['mesh__data'] = -1
   code, _, err = runs.finish(start(workdir, {'JAX_NUM_CPU_DEVICES': '2'}, **changes))
   assert code == 0, err
-  alone = tmp_path / 'alone'
-  assert runs.finish(start(alone, {'JAX_NUM_CPU_DEVICES': '1'}, **changes))[0] == 0
-  ours, theirs = ([r['loss'] for r in runs.records(folder) if r['step'] % 40 == 0] for folder in (workdir, alone))
+  single = tmp_path / 'single'
+  assert runs.finish(start(single, {'JAX_NUM_CPU_DEVICES': '1'}, **changes))[0] == 0
+  ours, theirs = ([r['loss'] for r in runs.records(folder) if r['step'] % 40 == 0] for folder in (workdir, single))
   np.testing.assert_allclose(ours[-1], theirs[-1], rtol=1e-3)
   assert sorted({r['step'] for r in runs.records(workdir)})[-1] == 800
 
@@ -154,3 +160,38 @@ def test_a_second_sigterm_ends_a_process_at_once_and_the_others_follow(tmp_path)
     gang.members[0].send_signal(signal.SIGCONT)
     [end] = gang.ends(gang.members[0])
     assert_said(*end)
+
+
+@pytest.mark.parametrize('fsdp', [1, 4], ids=['data', 'fsdp'])
+def test_four_processes_equal_one(tmp_path, alone, fsdp):  # noqa: F811
+  run = tmp_path / 'run'
+  status, said = processes.gang(4, 1, run, f'{processes.write_config(tmp_path)} --workdir={run} '
+                                f'--config.mesh.data={4 // fsdp} --config.mesh.fsdp={fsdp}')
+  assert status == 0, said
+  processes.assert_same(run, alone)
+
+
+def test_a_launcher_starts_all_again_when_one_is_killed(tmp_path):
+  """kill -9 after the first checkpoint; the run ends in the parameters of one that nothing disturbed."""
+  (tmp_path / 'devices.py').write_text(CONFIG)
+  losses = {}
+  for name in 'killed', 'whole':
+    run = tmp_path / name
+    words = [sys.executable, '-m', 'diffusion_jax.train', '--allow=nets', f'--config={tmp_path}/devices.py',
+             f'--workdir={run}', '--config.mesh.data=-1', '--config.train.images=6400',
+             '--config.train.sample_every=6400']
+    job = Job(name, ('sh', '-c', f'echo $$ > {tmp_path}/{name}.$DIFFUSION_JAX_PROCESS_ID; exec "$@"', 'sh', *words),
+              str(run), {'JAX_NUM_CPU_DEVICES': '1', 'PYTHONPATH': processes.PLACES})
+
+    def kill(run=run, name=name):
+      while not any(one.isdecimal() for one in runs.names(run)):
+        time.sleep(0.05)
+      os.kill(int((tmp_path / f'{name}.1').read_text()), signal.SIGKILL)
+
+    if name == 'killed':
+      threading.Thread(target=kill, daemon=True).start()
+    assert local.run([job], local.Options(processes=2, restarts=2), shown=False) == [0], (run / 'log.txt').read_text()
+    losses[name] = {record['step']: record['loss'] for record in runs.records(run)}
+  assert 'ends at' in (tmp_path / 'killed' / 'log.txt').read_text()  # it was not over before
+  assert losses['killed'].keys() == losses['whole'].keys()
+  np.testing.assert_allclose([*losses['killed'].values()], [*losses['whole'].values()], rtol=1e-5)
