@@ -11,6 +11,7 @@ import logging
 import os
 import pathlib
 import sys
+import time
 import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -92,11 +93,23 @@ class Checkpoints:
       if not any(words in str(link) for link in _chain(e) for words in FULL):
         raise
       if jax.process_index() == 0:
-        for left in self.folder.glob(f'*{ocp.path.step.TMP_DIR_SUFFIX}*'):
-          left.rmtree(missing_ok=True)
+        self._remove_unfinished()
       raise NoSpace(f'there is no space left for a checkpoint in {os.fspath(self.folder)!r}; what was unfinished is '
                     f'removed: make space, and the same command continues from step {max(self.steps(), default=0)}'
                     ) from e
+
+  def _remove_unfinished(self) -> None:
+    """Again and again: arrays that were on their way when another met the full disk make their folder anew."""
+    quiet = 0
+    for _ in range(100):
+      left = [*self.folder.glob(f'*{ocp.path.step.TMP_DIR_SUFFIX}*')]
+      for path in left:
+        with contextlib.suppress(OSError):
+          path.rmtree()
+      quiet = 0 if left else quiet + 1
+      if quiet == 5:
+        return
+      time.sleep(0.1)
 
   def restore(self, abstract: TrainState, step: int | None = None) -> tuple[TrainState, dict] | None:
     """(state, meta) of `step`, or of the newest checkpoint that is whole; None if there is none.

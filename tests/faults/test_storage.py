@@ -1,4 +1,5 @@
 """Faults of the disk: full, or the writer dies in the middle; and processes that do not read the same."""
+import contextlib
 import os
 import shutil
 import signal
@@ -64,18 +65,28 @@ def test_a_full_disk_leaves_the_checkpoints_before_whole_and_nothing_unfinished(
   assert_holds(disk, 3)
 
 
+@pytest.fixture(scope='module')
+def whole(tmp_path_factory):
+  return runs.whole(tmp_path_factory.mktemp('storage') / 'whole')
+
+
 @pytest.mark.parametrize('spare', [0, 40_000], ids=['none', 'a little'])
-def test_training_on_a_full_disk_stops_in_one_sentence_and_goes_on_with_more(disk, tmp_path, spare):
+def test_training_on_a_full_disk_stops_in_one_sentence_and_goes_on_with_more(disk, whole, spare):
   """A file takes what is left after the first checkpoint, all of it or all but the records' share."""
-  whole, workdir = runs.whole(tmp_path / 'whole'), disk / 'run'
+  workdir = disk / 'run'
   process = runs.start(workdir)
   runs.wait_for(lambda: '8' in runs.names(workdir), process)
-  with open(disk / 'ballast', 'wb') as ballast:
-    os.posix_fallocate(ballast.fileno(), 0, max(1, shutil.disk_usage(disk).free - spare))
+  process.send_signal(signal.SIGSTOP)
+  with open(disk / 'ballast', 'wb', buffering=0) as ballast:
+    with contextlib.suppress(OSError):
+      while True:
+        ballast.write(bytes(4096))
+    ballast.truncate(ballast.tell() - spare)
+  process.send_signal(signal.SIGCONT)
   code, _, err = runs.finish(process)
   assert code == 1 and err.count('\n') == 1 and 'space' in err, err
   kept = runs.names(workdir)
-  assert kept and all(name.isdigit() for name in kept)
+  assert kept and all(name.isdigit() for name in kept), (kept, err)
   (disk / 'ballast').unlink()
   code, _, err = runs.finish(runs.start(workdir))
   assert code == 0 and runs.fingerprint(workdir) == runs.fingerprint(whole), err
