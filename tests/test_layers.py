@@ -44,6 +44,8 @@ def broken_rules(name, source):
     others = {f'diffusion_jax.{leaf}' for leaf in LEAVES - {place[1]}}
     # Leaves do not know the commands on top of them either.
     broken |= inside(*others) | (inside('diffusion_jax') - inside(f'diffusion_jax.{place[1]}'))
+  elif place[1] == 'convert':
+    broken |= inside('diffusion_jax') - inside(*(f'diffusion_jax.{one}' for one in ('convert', 'nets', 'runtime')))
   if place[1] == 'core':
     broken |= found - standard - inside('jax', 'numpy', 'diffusion_jax.core')
   if place[1] == 'data':
@@ -73,6 +75,8 @@ def test_imports_keep_to_the_layers(name):
     ('diffusion_jax/diff.py', 'import jax'), ('diffusion_jax/diff.py', 'from diffusion_jax import report'),
     ('diffusion_jax/verdict.py', 'import scipy'), ('diffusion_jax/verdict.py', 'from diffusion_jax import records'),
     ('diffusion_jax/comparison.py', 'import numpy'), ('diffusion_jax/gallery.py', 'from PIL import Image'),
+    ('diffusion_jax/convert/a.py', 'from diffusion_jax.core import schedules'),
+    ('diffusion_jax/convert/a.py', 'from diffusion_jax import model'),
     ('launch/a.py', 'from diffusion_jax.runtime import config')])
 def test_a_broken_rule_is_seen(name, source):
   assert broken_rules(name, source)
@@ -86,6 +90,7 @@ def test_the_rules_let_pass_what_they_should():
       ('diffusion_jax/report.py', 'import json\nfrom diffusion_jax import svg\nfrom diffusion_jax.svg import shown'),
       ('diffusion_jax/compare.py', 'import os\nfrom diffusion_jax import records\nfrom diffusion_jax.svg import shown'),
       ('diffusion_jax/train.py', 'from diffusion_jax.core import schedules\nfrom diffusion_jax.runtime import log'),
+      ('diffusion_jax/convert/a.py', 'from diffusion_jax.nets import clip\nfrom diffusion_jax.convert import names'),
       ('launch/a.py', 'import shlex\nfrom launch import job')]:
     assert not broken_rules(name, source)
 
