@@ -12,6 +12,7 @@ import time
 import jax
 import numpy as np
 import pytest
+import sweeps
 from conftest import ROOT, tiny_config
 
 from diffusion_jax import attempt, evaluate, model, sample, train
@@ -254,12 +255,33 @@ def test_the_status_of_a_gang_is_that_which_no_other_start_would_change(tmp_path
   assert local.run([job], local.Options(processes=2), shown=False) == [2]
 
 
-@pytest.mark.parametrize('word', [attempt.GO, attempt.NO])
-def test_the_processes_of_a_point_hear_whether_there_is_anything_to_do(monkeypatch, word):
+def free_port():
   with socket.socket() as s:
     s.bind(('localhost', 0))
-    port = s.getsockname()[1]
-  monkeypatch.setenv('DIFFUSION_JAX_COORDINATOR', f'localhost:{port}')
+    return s.getsockname()[1]
+
+
+def test_the_processes_of_a_point_run_the_same_commands_and_process_0_writes(tmp_path):
+  """Once; the second time process 0 finds the point finished, and the other one hears of it."""
+  file = sweeps.put(tmp_path / 'sweep.py', sweeps.LIGHT)
+  stub = sweeps.put(tmp_path / 'stub.py', 'import os, sys\nfile = open(sys.argv[-1].partition("=")[2] + "/ran", "a")\n'
+                    'file.write(sys.argv[1] + os.environ["DIFFUSION_JAX_PROCESS_ID"] + "\\n")')
+  code = (f'import sys; from diffusion_jax import attempt, sweep; attempt.PYTHON = [sys.executable, {stub!r}]; '
+          'sys.exit(sweep.main(sys.argv[1:]))')
+  words = [sys.executable, '-c', code, 'point', file, f'--root={tmp_path}/root', '--name=a-s0']
+  for _ in range(2):
+    env = os.environ | local.gang_env(2, 0, free_port())
+    every = [subprocess.Popen(words, cwd=ROOT, env=env | {'DIFFUSION_JAX_PROCESS_ID': str(i)}) for i in range(2)]
+    assert [process.wait(120) for process in every] == [0, 0]
+  folder = next((tmp_path / 'root').glob('a-s0-*'))
+  ran = (folder / 'ran').read_text().split()
+  assert sorted(ran) == [f'diffusion_jax.{one}' for one in ('evaluate0', 'evaluate1', 'train0', 'train1')]
+  assert [line['event'] for line in log.read_lines(folder / 'attempts.jsonl')] == ['start', 'end']
+
+
+@pytest.mark.parametrize('word', [attempt.GO, attempt.NO])
+def test_the_processes_of_a_point_hear_whether_there_is_anything_to_do(monkeypatch, word):
+  monkeypatch.setenv('DIFFUSION_JAX_COORDINATOR', f'localhost:{free_port()}')
   heard = []
   others = [threading.Thread(target=lambda: heard.append(attempt.told())) for _ in range(3)]
   for other in others:
