@@ -204,6 +204,9 @@ def make(point: Point, sweep: str, evaluate: Sequence[str] | None) -> None:
   old = records.read_json(path)
   if any(old.get(key) != value for key, value in about.items()):
     made = datetime.datetime.now(datetime.UTC).isoformat()  # finer than log.now: two may be made in one second
+    # Later than the folders of this point that are there, though the clock may have gone back since.
+    earlier = folders(point.folder.parent).get(point.name, [])
+    made = max([made, *(f'{other["made"]}+' for other in earlier if other.get('made'))])
     log.write_json(path, {'made': made} | old | about)
 
 

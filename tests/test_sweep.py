@@ -1,6 +1,7 @@
 """Laws of sweeps: what is run, skipped, resumed and retried, and what a point is identified by."""
 import contextlib
 import dataclasses
+import datetime
 import importlib
 import json
 import os
@@ -65,6 +66,20 @@ def test_a_point_is_trained_and_evaluated(world, tmp_path, monkeypatch, capsys):
   assert world('collect', '--only=cosine', f'--out={tmp_path}/t.json') == 0
   line = next(one for one in json.loads((tmp_path / 't.json').read_text())['lines'] if one['metric'] == 'fd_digits_24')
   assert line['mean'] == found['value'] and line['n'] == 1 and line['standard_error'] is None
+
+
+def test_the_newer_folder_of_a_point_is_the_one_made_later_whatever_the_clock(tmp_path, monkeypatch):
+  class Clock(datetime.datetime):
+    @classmethod
+    def now(cls, tz=None):
+      return next(times)
+
+  times = (datetime.datetime(year, 1, 1, tzinfo=datetime.UTC) for year in (2030, 2020, 2010))  # goes back
+  monkeypatch.setattr(points.datetime, 'datetime', Clock)
+  made = [points.Point('a-s0', 'a', 0, 'hash', tmp_path / f'a-s0-{code}', code) for code in ('one', 'two', 'three')]
+  for point in made:
+    points.make(point, 'sweep.py', ())
+  assert [about['folder'] for about in points.folders(tmp_path)['a-s0']] == [point.folder for point in made]
 
 
 def test_run_launcher_point_and_train_are_processes(tmp_path):

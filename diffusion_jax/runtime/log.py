@@ -1,5 +1,4 @@
 """Records: files that are never half-written, lines that are only appended, in a folder or in a bucket."""
-import contextlib
 import datetime
 import json
 import os
@@ -163,8 +162,13 @@ class Run:
   def close(self) -> None:
     """Flushes and closes the event file; once is enough, and twice harms nothing."""
     self._write()
-    with contextlib.suppress(OSError):  # the disk is full, say: what matters is in metrics.jsonl
+    try:
       self.events.close()
+    except OSError:  # the disk is full, say: what matters is in metrics.jsonl
+      writer = self.events.file_writer.event_writer
+      writer._closed = True  # or it tries again at exit, and prints tracebacks
+      if writer._worker.is_alive():
+        writer._worker.stop()
     if self.copied:
       self._copy_events()
       self.copied.cleanup()
