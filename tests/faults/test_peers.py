@@ -111,12 +111,22 @@ def test_the_others_end_soon_with_70_and_a_reason(tmp_path, victim, how):
       assert_said(*end)
 
 
-def test_what_hangs_although_it_lives_is_ended_by_the_watchdog(tmp_path):
-  """The writer's next record goes into a pipe that nobody reads: both processes beat, and neither moves."""
+HANG = '''
+import sys
+import threading
+if os.environ['DIFFUSION_JAX_PROCESS_ID'] == '1':
+  train = sys.modules['__main__']
+  def hang(values, config, step, *rest, real=train.describe):
+    return real(values, config, step, *rest) if step < 16 else threading.Event().wait()
+  train.describe = hang
+'''
+
+
+def test_what_hangs_although_it_lives_is_ended_by_the_watchdog(tmp_path, monkeypatch):
+  """Process 1 waits for ever after step 16, and process 0 for it; both beat."""
+  monkeypatch.setitem(globals(), 'CONFIG', CONFIG + HANG)
   with Gang(tmp_path / 'run', 2, {'DIFFUSION_JAX_WATCHDOG': '8'}, **ENDLESS) as gang:
     gang.trained()
-    os.mkfifo(tmp_path / 'pipe')
-    os.replace(tmp_path / 'pipe', tmp_path / 'run' / 'metrics.jsonl')
     ends = gang.ends()
     for end in ends:
       assert_said(*end)
