@@ -17,7 +17,7 @@ from test_train import assert_same, run_steps
 
 from diffusion_jax import model as model_lib
 from diffusion_jax import train
-from diffusion_jax.nets import layers
+from diffusion_jax.nets import blocks, layers
 from diffusion_jax.runtime import config as config_lib
 from diffusion_jax.runtime import sharding
 from diffusion_jax.runtime.checkpoint import Checkpoints
@@ -150,31 +150,56 @@ def test_moments_and_averages_lie_as_their_parameters(optimizer, monkeypatch):
 SGD = {'optimizer': 'sgd', 'learning_rate__peak': 0.3, 'learning_rate__warmup_images': 0, 'net__dropout': 0.1}
 
 
+class Blocks(nn.Module):
+  """What a U-Net is made of, once."""
+
+  @nn.compact
+  def __call__(self, x, noise, cond, train=False):
+    emb = layers.Dense(8, name='embed')(layers.timestep_embedding(noise, 8))
+    h = layers.Conv(8, name='conv_in')(x)
+    h = blocks.ResBlock(8, 0.1, 4, 'float32', name='block')(h, emb, train)
+    h = blocks.SelfAttention(4, 'float32', name='attention')(h)
+    return layers.Conv(x.shape[-1], name='conv_out')(h)
+
+
+def config_of(net):
+  """A config of the small net, or of one of this file's."""
+  config = tiny_config(**SGD)
+  if net:
+    config.net = config_lib.spec(net)
+    config.learning_rate.peak = 0.1  # its norms make more of a rounding
+  return config
+
+
 @pytest.fixture(scope='module')
 def alone():
-  """Four steps on one device, of the small net and of a U-Net with attention."""
-  return {unet: run_steps(tiny_config(unet=unet, **SGD), sharding.make_mesh(1, 1)) for unet in (False, True)}
+  """Four steps on one device, of the small net and of blocks with attention."""
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(config_lib, 'ALLOWED', [*config_lib.ALLOWED, __name__])
+    yield {net: run_steps(config_of(net), sharding.make_mesh(1, 1)) for net in (None, Blocks)}
 
 
-@pytest.mark.parametrize(('unet', 'mesh'), [
-    (False, (2,)), (False, (8,)), (False, (1, 4)), (False, (1, 1, 2)), (False, (1, 1, 1, 4)), (False, (2, 2, 2)),
-    (True, (2, 2, 2)), (True, (1, 2, 1, 2))], ids=str)
-def test_every_mesh_computes_the_same(alone, unet, mesh, monkeypatch):
+@pytest.mark.parametrize(('net', 'mesh'), [
+    (None, (2,)), (None, (8,)), (None, (1, 4)), (None, (1, 1, 2)), (None, (1, 1, 1, 4)), (None, (1, 2, 2)),
+    (Blocks, (2, 1, 2)), (Blocks, (1, 2, 2)), (Blocks, (1, 2, 1, 2))], ids=str)
+def test_every_mesh_computes_the_same(alone, net, mesh, monkeypatch):
   monkeypatch.setattr(sharding, 'MIN_SHARDED_SIZE', 0)
   mesh = sharding.make_mesh(*mesh)
-  state, values = run_steps(tiny_config(unet=unet, **SGD), mesh)
+  state, values = run_steps(config_of(net), mesh)
   kernel = state.params['net']['conv_in']['kernel']  # [3, 3, 1, 8]
   split = 'tensor' if mesh.shape['tensor'] > 1 else 'fsdp' if mesh.shape['fsdp'] > 1 else None
   assert kernel.sharding.shard_shape(kernel.shape)[-1] == 8 // (mesh.shape[split] if split else 1)
-  assert_same(state, alone[unet][0])
-  assert_same(values, alone[unet][1], 1e-4)
+  assert_same(state, alone[net][0])
+  assert_same(values, alone[net][1], 1e-4)
 
 
-def test_context_must_divide_the_image():
+def test_meshes_that_compute_something_else_are_refused():
   with pytest.raises(UserError, match=r'mesh.context must divide the first axis of an image: context 3, size 8'):
     run_steps(tiny_config(), sharding.make_mesh(1, 1, 1, 3), 1)
   with pytest.raises(UserError, match=r'mesh.tensor=2 and mesh.context=2 cannot both be above 1'):
     run_steps(tiny_config(), sharding.make_mesh(1, 1, 2, 2), 1)
+  with pytest.raises(UserError, match=r'mesh.data, mesh.fsdp and mesh.tensor cannot all be above 1'):
+    run_steps(tiny_config(), sharding.make_mesh(2, 2, 2), 1)
 
 
 class Run:

@@ -115,7 +115,10 @@ def over_context(mesh: Mesh, size: int) -> Callable:
   axis, does not divide, or if 'tensor' is above 1 too: of a U-Net split both ways, XLA gets gradients wrong (jaxlib
   0.10 and its partitioner on CPU: right by each axis alone, several times too large by both).
   """
-  n = mesh.shape['context']
+  n, used = mesh.shape['context'], [name for name in ('data', 'fsdp', 'tensor') if mesh.shape[name] > 1]
+  if len(used) == 3:  # by any two of them gradients are right; by all three that of an embedding is not
+    raise ValueError('mesh.data, mesh.fsdp and mesh.tensor cannot all be above 1, since XLA gets gradients wrong that '
+                     'are split three ways: set one of them to 1')
   if n == 1:
     return lambda x: x
   if mesh.shape['tensor'] > 1:
