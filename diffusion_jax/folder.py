@@ -56,8 +56,8 @@ def write_about(workdir: pathlib.Path, model: Model, source: sources.Source, par
   start = process.init(model_lib.key(model.config.seed, 'init'))  # a learned schedule's: where training begins
   level = process.path.level(jnp.asarray(schedules.evaluate(process, t, start), jnp.float32))
   log.write_json(workdir / 'schedule.json', {'t': t, **level._asdict()})
-  log.write_json(workdir / 'run.json', {'started': log.now(), 'command': sys.argv, 'parameters': parameters,
-                                        **log.provenance()})
+  log.write_json(workdir / 'run.json', {'started': log.now(), 'command': ['diffusion-jax', 'train', *sys.argv[1:]],
+                                        'parameters': parameters, **log.provenance()})
 
 
 def write_card(workdir: pathlib.Path, config: Config, source: sources.Source, arrays: Sequence[np.ndarray]) -> None:

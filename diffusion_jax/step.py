@@ -110,6 +110,8 @@ def make_step(model: Model, optimizer: optax.GradientTransformation, where: Trai
     losses, corrected, level = jax.tree.map(lambda a: a.swapaxes(0, 1).ravel(), seen)  # in the batch's order again
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
+    if project := getattr(model.net, 'project', None):  # a net whose weights keep their norm (EDM2)
+      params = {**params, 'net': project(params['net'])}
     emas = {name: ema.update(average, params, rates[name](state.step, size))
             for name, average in fetch_averages(state.emas).items()}
     metrics = metrics.merge(Metrics.single_from_model_output(

@@ -44,7 +44,8 @@ def test_build_calls_what_the_spec_names(tmp_path):
 def test_every_default_is_written():
   assert spec(unet.UNet, channels=64).to_dict() == {
       'fn': 'diffusion_jax.nets.unet:UNet', 'channels': 64, 'multipliers': (1, 2, 2, 2), 'blocks': 2,
-      'attention': (16,), 'dropout': 0.1, 'groups': 32, 'num_classes': 0, 'dtype': 'float32', 'variance': False}
+      'attention': (16,), 'dropout': 0.1, 'groups': 32, 'num_classes': 0, 'dtype': 'float32', 'variance': False,
+      'image': 0, 'remat': 'none'}
 
 
 @pytest.mark.parametrize('name', ['adam', 'adamw', 'sgd', 'lion'])
@@ -175,7 +176,7 @@ def test_bad_calls_are_named(text, words):
 
 def test_a_call_is_of_the_modules_own_functions():
   """nets.unet has no __all__, and imports much."""
-  for name in ('jnp', 'math', 'Array', 'Sequence', 'nn'):
+  for name in ('jnp', 'jax', 'Any', 'Sequence', 'nn'):
     assert hasattr(unet, name)
     with pytest.raises(UserError, match=f'no {name!r}'):
       config_lib.parse_call(name, unet)

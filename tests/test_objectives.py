@@ -140,6 +140,24 @@ def test_a_schedule_that_never_shows_pure_noise_is_trained_with_a_warning():
     make_step(model_lib.make(small_config(), (8, 8, 1), 10), optimizer)
 
 
+class Projected(Small):
+  """Keeps every parameter in the unit cube."""
+
+  def project(self, params):
+    return jax.tree.map(lambda a: jnp.clip(a, 0, 1), params)
+
+
+def test_a_net_that_projects_its_parameters_is_projected_after_every_step():
+  config = small_config(net=spec(Small))
+  model, optimizer = model_lib.make(config, (8, 8, 1), 10)._replace(net=Projected()), optax.sgd(10.0)
+  state = model_lib.initial_state(model, optimizer, jax.random.key(0))
+  batch = jnp.zeros((1, 16, 8, 8, 1), jnp.uint8), jnp.zeros((1, 16), jnp.int32)
+  step = jax.jit(make_step(model, optimizer), static_argnums=3)
+  state, _ = step(jax.random.key(0), state, Metrics.empty(), None, batch)
+  after = np.concatenate([np.ravel(a) for a in jax.tree.leaves(state.params['net'])])
+  assert after.min() == 0 and 0 < after.max() <= 1
+
+
 def test_seeds_share_one_compiled_program():
   def program(seed):
     model, optimizer = model_lib.make(small_config(seed=seed), (8, 8, 1), 10), optax.sgd(0.1)

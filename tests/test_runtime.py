@@ -214,7 +214,7 @@ def test_the_optimizer_follows_the_rate():
     ({'data': 1, 'fsdp': -1}, (1, 8))])
 def test_mesh_shapes(sizes, shape):
   mesh = sharding.make_mesh(**sizes)
-  assert mesh.axis_names == ('data', 'fsdp') and mesh.devices.shape == shape
+  assert mesh.axis_names == sharding.AXES and mesh.devices.shape == (*shape, 1, 1)
   assert mesh.devices.ravel().tolist() == jax.devices()[:math.prod(shape)]
 
 

@@ -117,6 +117,7 @@ class Checkpoints:
     `abstract` is a tree of ShapeDtypeStructs with shardings. Raises UserError if `step` is damaged or does not
     exist, or if the arrays are not those of `abstract`, or if another process does not see the files.
     """
+    self.wait()  # what is being written counts as a step already
     if step is not None and step not in self.steps():
       raise UserError(f'there is no checkpoint at step {step}: there is {", ".join(map(str, self.steps())) or "none"}')
     left = self.steps() if step is None else [step]

@@ -22,7 +22,7 @@ MIN_SHARDED_SIZE = 2 ** 16  # smaller parameters are cheaper to keep whole than 
 # products takes its input split, so that the devices add up once for both (Shoeybi et al. 2019, section 3); all others
 # split their output features, which for a query, key or value are its heads.
 RULES = (
-    (re.compile(r'/(out|conv_1|mlp_out)/kernel$'), ('tensor', None)),
+    (re.compile(r'/(out|conv_1|mlp_out|ff_out)/kernel$'), ('tensor', None)),
     (re.compile(r'/(kernel|embedding)$'), (None, 'tensor')),
 )
 HOST = 'pinned_host'  # memory of the host from which a device can copy by itself
