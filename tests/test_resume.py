@@ -23,7 +23,9 @@ IMAGES = 1600
 
 def start(workdir):
   """Training in a process of its own, on two virtual devices."""
-  changes = TINY | TINY_NET | {'train.images': IMAGES, 'net.dropout': '0.1', 'mesh.data': '2'}
+  net = TINY_NET | {'net.blocks': '1', 'net.attention': '()', 'net.dropout': '0.1'}
+  changes = TINY | net | {'train.images': IMAGES, 'mesh.data': '2', 'train.checkpoint_every': '320',
+                          'train.sample_every': IMAGES}
   flags = [f'--config.{key}={value}' for key, value in changes.items()]
   command = [sys.executable, '-m', 'diffusion_jax.train', '--config=configs/digits.py', f'--workdir={workdir}', *flags]
   return subprocess.Popen(command, cwd=ROOT, env=os.environ | {'JAX_NUM_CPU_DEVICES': '2'},
