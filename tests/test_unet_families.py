@@ -165,7 +165,7 @@ def test_wrong_shapes_are_named(changes, words):
     jax.eval_shape(lambda: net.apply({'params': params}, x, jnp.ones(4), cond | changes))
 
 
-@pytest.mark.parametrize('family', ['EDM2'])
+@pytest.mark.parametrize('family', ['NCSN++', 'EDM2'])
 def test_recomputing_blocks_changes_no_output_and_no_gradient(family):
   """Nor what dropout draws."""
   _, x, params, cond = made(family)
