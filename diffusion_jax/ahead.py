@@ -36,18 +36,18 @@ def model_on(config: Config, devices: Sequence[Any] | None = None) -> tuple[Mode
 
   Only a config without data.size needs its data, for the shape of its images.
   """
-  shape = (config.data.size, config.data.size, config.data.channels)
+  shape, captions = (config.data.size, config.data.size, config.data.channels), ()
   num_classes = config.net.get('num_classes', 0)
   if not config.data.size:
     source = open_source(config)
-    shape, num_classes = source.shape, source.num_classes
+    shape, num_classes, captions = source.shape, source.num_classes, source.class_names
   with explain('config'):
     mesh = sharding.make_mesh(**config.mesh, **({'devices': devices} if devices else {}))
     sharding.check_divides(mesh, config.train.batch_size // config.train.accumulate, 'train.batch_size / accumulate')
   if devices and mesh.size != len(devices):
     raise UserError(f'the mesh {dict(mesh.shape)} leaves some of the {len(devices)} devices idle: '
                     f'the product of its axes must be their number')
-  return model_lib.make(config, shape, num_classes), mesh
+  return model_lib.make(config, shape, num_classes, captions), mesh
 
 
 def lanes_of(mesh: Mesh) -> int:
@@ -62,16 +62,18 @@ def placed(tree: Any, where: jax.sharding.Sharding) -> Any:
 
 def step_arguments(model: Model, mesh: Mesh, examples: int = 0) -> tuple:
   """(root, state, metrics, data, batch) of the train step, as shapes; examples: see `step_on`."""
-  train, shape = model.config.train, model.shape
+  train, shape = model.config.train, model.image_shape
   state, everywhere = model_lib.abstract_state(model, mesh), sharding.replicated(mesh)
   root, metrics = placed(jax.eval_shape(lambda: (step_lib.root_key(model.config), Metrics.empty())), everywhere)
   array = jax.ShapeDtypeStruct
-  data = placed((array((examples, *shape), jnp.uint8), array((examples,), jnp.int32)), everywhere)
+  tokens = (model.text.length,) if model.text else ()
+  data = placed((array((examples, *shape), jnp.uint8), array((examples, *tokens), jnp.int32)), everywhere)
   resident = 0 < sum(a.size * a.dtype.itemsize for a in data) <= model.config.data.resident_gib * 2 ** 30
   batch = (train.steps_per_call, train.batch_size)
-  labels = array(batch, jnp.int32, sharding=sharding.batch(mesh, 1))
+  labels = array((*batch, *tokens), jnp.int32, sharding=sharding.batch(mesh, 1))
+  indices = array(batch, jnp.int32, sharding=sharding.batch(mesh, 1))
   images = array((*batch, *shape), jnp.uint8, sharding=sharding.batch(mesh, 1))
-  return (root, state, metrics, data, labels) if resident else (root, state, metrics, None, (images, labels))
+  return (root, state, metrics, data, indices) if resident else (root, state, metrics, None, (images, labels))
 
 
 def step_on(model: Model, mesh: Mesh, platform: str, examples: int = 0) -> tuple[Any, Callable]:
@@ -95,11 +97,9 @@ def sampler_on(model: Model, mesh: Mesh, platform: str) -> tuple[Any, Callable, 
   with model.config.unlocked():
     settings = Config({**config, 'batch_size': config.batch_size // lanes * lanes or lanes})
   generator = Generator(model, settings, model.config.seed, mesh)
-  everywhere, params = sharding.replicated(mesh), model_lib.abstract_state(model, mesh).params
-  ids = jax.ShapeDtypeStruct((settings.batch_size,), jnp.uint32, sharding=sharding.batch(mesh))
-  labels = jax.ShapeDtypeStruct((settings.batch_size,), jnp.int32, sharding=sharding.batch(mesh))
+  params = model_lib.abstract_params(model, mesh)
   with as_if_on(platform):
-    traced = generator._generate.trace(params, *placed((generator._root, generator.grid), everywhere), ids, labels)
+    traced = generator.trace(params)
 
   def rows(compiled):
     measured, own = compiled.memory_analysis(), memory.device_bytes(params)
@@ -149,11 +149,11 @@ def dry_run(config: Config) -> int:
   model, mesh = model_on(config)
   program = compile_program(*step_on(model, mesh, jax.default_backend()), mesh.size)
   state = model_lib.abstract_state(model, mesh)
-  net, train = state.params['net'], config.train
+  net, train = model_lib.abstract_params(model, mesh)['net'], config.train
   print(parameter_overview.get_parameter_overview(net, include_stats=False))
   gib = lambda n: f'{n / 2 ** 30:.3f} GiB'
   for name, value in {
-      'batch': f'{train.batch_size} x {model.shape} uint8, over a mesh of {dict(mesh.shape)}',
+      'batch': f'{train.batch_size} x {model.image_shape} uint8, over a mesh of {dict(mesh.shape)}',
       'parameters': f'{num_parameters(net):,}',
       'train state': gib(sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(state))),
       'FLOPs of a step': f'{sum(program.flops.values()) / train.steps_per_call:.3e}',

@@ -1,7 +1,7 @@
 """The batches of a run, as the train step takes them."""
 import collections
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -24,17 +24,20 @@ class Batches:
 
   Data of at most data.resident_gib stays on the devices, and a batch is the numbers of its examples. Larger data is
   streamed: read and decoded ahead on the host, and AHEAD batches are on their way to the devices before they are used.
+  read: what the model takes in place of labels [n], if it is not themselves.
   """
   AHEAD = 2
 
-  def __init__(self, config: Config, source: Any, mesh: jax.sharding.Mesh):
-    self.config, self.source, self.mesh = config, source, mesh
+  def __init__(self, config: Config, source: Any, mesh: jax.sharding.Mesh,
+               read: Callable[[np.ndarray], np.ndarray] = lambda labels: labels):
+    self.config, self.source, self.mesh, self.read = config, source, mesh, read
     self.data = None
     if source.nbytes <= config.data.resident_gib * 2 ** 30:
       with explain('config.data'):
-        arrays = sources.arrays(source, config.data.max_bad)
+        images, labels = sources.arrays(source, config.data.max_bad)
       # Every process has read all of it; device_put would compare what they have, byte by byte.
-      self.data = tuple(jax.make_array_from_callback(a.shape, sharding.replicated(mesh), a.__getitem__) for a in arrays)
+      self.data = tuple(jax.make_array_from_callback(a.shape, sharding.replicated(mesh), a.__getitem__)
+                        for a in (images, read(labels)))
 
   def __call__(self, start: int, stop: int) -> Iterator[Any]:
     """What each call of the steps start .. stop takes, steps_per_call steps at a time."""
@@ -50,6 +53,8 @@ class Batches:
       yield from ahead(self._put(singles), self.AHEAD)
 
   def _put(self, singles):
+    if self.data is None:
+      singles = ((images, self.read(labels)) for images, labels in singles)
     while group := tuple(itertools.islice(singles, self.config.train.steps_per_call)):
       yield jax.tree.map(lambda *a: sharding.put_batch(np.stack(a), self.mesh, axis=1), *group)
 

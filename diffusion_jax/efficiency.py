@@ -6,10 +6,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from diffusion_jax.model import Model, Trained
+from diffusion_jax.model import Model
 from diffusion_jax.runtime import sharding
 from diffusion_jax.runtime.config import Config
 from diffusion_jax.sample import Generator, labels_of
+from diffusion_jax.trained import Trained
 
 LATENCY_ROUNDS = 3
 
@@ -44,13 +45,13 @@ def throughput(generator: Generator, seconds: float, made: int, price_per_hour: 
 
 def network_flops(model: Model, params: Any, batch_size: int) -> float:
   """FLOPs of the network for one image, by XLA's count before optimisation; 0 where XLA does not say."""
-  def call(params, x, labels):
+  def call(params, x, about):
     level = model.diffusion.process.level(jnp.full(batch_size, 0.5), params['process'])
-    return model.denoiser(params, model.cond(labels))(x, level)
+    return model.denoiser(params, model.cond(params, about))(x, level)
 
   shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), params)
   x = jax.ShapeDtypeStruct((batch_size, *model.shape), jnp.float32)
-  cost = jax.jit(call).lower(shapes, x, jax.ShapeDtypeStruct((batch_size,), jnp.int32)).cost_analysis()
+  cost = jax.jit(call).lower(shapes, x, model.about_shapes(batch_size)).cost_analysis()
   return max((cost or {}).get('flops', 0.0), 0.0) / batch_size
 
 

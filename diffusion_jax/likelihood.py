@@ -26,13 +26,16 @@ import numpy as np
 from tqdm import tqdm
 
 from diffusion_jax import model as model_lib
+from diffusion_jax import trained as trained_lib
 from diffusion_jax.core import guidance, levels, likelihood
 from diffusion_jax.data import sources
 from diffusion_jax.metrics import intervals, scores
-from diffusion_jax.model import Model, Trained
+from diffusion_jax.model import Model
+from diffusion_jax.nets import codecs
 from diffusion_jax.runtime import command, log, sharding
 from diffusion_jax.runtime.config import Config, UserError, explain, flatten, nearest
 from diffusion_jax.sample import npz
+from diffusion_jax.trained import Trained
 
 # The ODE's density is that of the samples only so far as its solver and its last level are fine enough.
 ESTIMATORS = {'discrete_vlb': 'upper bound', 'continuous_vlb': 'upper bound', 'ode': 'estimate'}
@@ -109,10 +112,10 @@ def estimator(job: Job, model: Model) -> Callable[..., dict[str, jax.Array]]:
   s, process = job.settings, model.diffusion.process
 
   def run(params, grid, root, images, labels, ids):
-    keys, x0 = jax.vmap(lambda i: jax.random.fold_in(root, i))(ids), model.codec.encode(images)
+    keys, x0 = jax.vmap(lambda i: jax.random.fold_in(root, i))(ids), codecs.floats(images)
 
     def denoiser(labels):
-      denoise = model.denoiser(params, model.cond(labels))
+      denoise = model.denoiser(params, model.cond(params, model.about(labels)))
       return guidance.clip(denoise) if s['clip'] else denoise
 
     if job.estimator == 'discrete_vlb':
@@ -141,7 +144,7 @@ def prepare(jobs: Sequence[Job], trained: Trained, batch_size: int) -> list[Call
 
     def arguments(images, labels, ids):
       fill = lambda a, dtype: np.resize(a, (batch_size, *a.shape[1:])).astype(dtype)  # the last batch repeats its own
-      batch = fill(images, np.uint8), fill(labels, np.int32), fill(ids, np.uint32)
+      batch = fill(images, np.uint8), fill(model.labels(labels.astype(int)), np.int32), fill(ids, np.uint32)
       return trained.params, *shared, *(sharding.put_batch(a, mesh) for a in batch)
 
     def compute(images, labels, ids):
@@ -245,8 +248,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     sharding.use_cpu_cores(config.sample.batch_size)
 
   workdir = pathlib.Path(flags.workdir)
-  trained = model_lib.restore(workdir, flags.ema, flags.step, choose_devices)
+  trained = trained_lib.restore(workdir, flags.ema, flags.step, choose_devices)
   model, config = trained.model, trained.model.config
+  if model.shape != model.image_shape:
+    raise UserError('bits per dimension are of pixels, and this model sees latents: config.codec must be pixels')
   names = _applicable(names, model, named=bool(flags.estimator))
   data = load(config, flags.split, flags.num, model)
   jobs = [_job(name, flags, trained, data) for name in names]

@@ -1,9 +1,6 @@
 """From a config to the parts that train, sample and evaluate share."""
-import hashlib
-import json
-import pathlib
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -16,10 +13,10 @@ from diffusion_jax.core import diffusion, ema, levels, losses, samplers, schedul
 from diffusion_jax.core.diffusion import Diffusion
 from diffusion_jax.core.types import Array, Denoise
 from diffusion_jax.data import sources
-from diffusion_jax.nets import codecs, unet
-from diffusion_jax.runtime import optim, sharding, snapshots
-from diffusion_jax.runtime.checkpoint import Checkpoints, abstract_with
-from diffusion_jax.runtime.config import Config, UserError, build, explain, flatten, from_json, nearest, spec
+from diffusion_jax.nets import codecs, encoders, unet
+from diffusion_jax.runtime import optim, sharding
+from diffusion_jax.runtime.checkpoint import abstract_with
+from diffusion_jax.runtime.config import Config, UserError, build, explain, flatten, nearest, spec
 from diffusion_jax.runtime.state import TrainState
 
 
@@ -33,19 +30,24 @@ def default_config() -> Config:
           'size': 0,              # images are resized and cropped to size x size; 0: they have one size already
           'channels': 3,
           'flip': False,          # mirror each image left to right with probability 1/2
+          'augment': 0.0,         # probability of each of EDM's augmentations, which the net is told of; 0: none
           'data_dir': '',         # where TFDS keeps its data; '': its default
           'manual_dir': '',       # where archives that you fetched lie
           'max_bad': 10,          # unreadable images that are skipped before it is an error
           'resident_gib': 1.0,    # data up to this size stays on the device; larger data is streamed
           'workers': 0,           # processes that decode streamed data; 0: threads
       },
+      'codec': spec(codecs.pixels),  # what the net sees of an image
+      'text': spec(encoders.none),  # what reads captions, for nets that are conditioned on text
       'process': spec(schedules.linear),
       'target': spec(targets.eps),
       'noise': spec(diffusion.timestep),  # the scalar by which the net knows the level
       'draw': spec(levels.uniform),
       'weight': spec(losses.simple),
       'net': spec(unet.UNet),
-      'label_dropout': 0.1,       # share of labels replaced by the null class, for guidance; labelled nets only
+      'lora': {'rank': 0, 'pattern': '', 'scale': 1.0},  # with a rank, adapters are trained in the net's place
+      'start': '',                # the run folder whose parameters training starts from; '': random ones
+      'label_dropout': 0.1,       # share of labels and texts replaced by none, for guidance
       'optimizer': spec(optax.adam),
       'learning_rate': {'peak': 2e-4, 'warmup_images': 640_000, 'decay': 'constant'},
       'clip_norm': 1.0,
@@ -108,6 +110,8 @@ def check(config: Config) -> None:
   if config.train.batch_size % config.train.accumulate:
     raise UserError(f'config.train.accumulate must divide the batch size: batch size {config.train.batch_size}, '
                     f'accumulate {config.train.accumulate}')
+  if not 0 <= config.data.augment <= 1:
+    raise UserError(f'config.data.augment must lie in [0, 1], got {config.data.augment}')
   for key, names in CHOICES.items():
     if flat[key] not in names:
       raise UserError(f'config.{key} must be {" or ".join(names)}, got {flat[key]!r}')
@@ -129,7 +133,7 @@ AT_LEAST = {
     1: ['data.channels', 'train.images', 'train.batch_size', 'train.accumulate', 'train.steps_per_call',
         'train.log_every', 'train.sample_every', 'train.checkpoint_every', 'train.snapshot_every', 'train.keep',
         'sample.steps', 'sample.batch_size', 'eval.num_samples'],
-    0: ['seed', 'data.size', 'data.max_bad', 'data.resident_gib', 'data.workers', 'sample.guidance_low',
+    0: ['seed', 'lora.rank', 'data.size', 'data.max_bad', 'data.resident_gib', 'data.workers', 'sample.guidance_low',
         'sample.guidance_high', 'sample.threshold'],
 }
 CHOICES = {'train.remat': ('none', 'products'), 'train.reduce': ('float32', 'bfloat16'),
@@ -159,25 +163,76 @@ class Model(NamedTuple):
   config: Config
   net: nn.Module
   diffusion: Diffusion
-  codec: codecs.Pixels
-  shape: tuple[int, ...]  # (*S, C)
-  num_classes: int        # labels that the net knows; 0: none
+  codec: codecs.Pixels | codecs.KL
+  shape: tuple[int, ...]  # (*S, C) of what the net sees
+  image_shape: tuple[int, ...]
+  num_classes: int        # labels that the model knows, of classes or of captions; 0: none
   draw: levels.Draw
   weight: losses.Weight
+  text: encoders.Encoder | None = None
+  captions: tuple[str, ...] = ()  # of a model of text: its data's, by label
+  tokenise: Callable[[Sequence[str]], np.ndarray] | None = None
+  null: np.ndarray | None = None  # the tokens of no text
 
   def init(self, key: Array) -> dict[str, Any]:
-    """The parameters {'net': ..., 'process': ...}, and 'weight' if the weight has its own."""
+    """All parameters: 'net' and 'process', and 'weight', 'text', 'codec' and 'lora' where the config has them."""
     net_key, process_key = jax.random.split(key)
-    variables = self.net.init(net_key, jnp.zeros((1, *self.shape)), jnp.zeros(1), self.cond(jnp.zeros(1, jnp.int32)))
-    params = {'net': variables['params'], 'process': self.diffusion.process.init(process_key)}
-    own = self.weight.init(jax.random.fold_in(key, 2))
-    return params | {'weight': own} if own else params
+    parts = {'process': self.diffusion.process.init(process_key),
+             'weight': self.weight.init(jax.random.fold_in(key, 2)),
+             'text': self.text.init(jax.random.fold_in(key, 3)) if self.text else {},
+             'codec': self.codec.init(jax.random.fold_in(key, 4), self.image_shape)}
+    example = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), self.about_shapes(1))
+    cond = self.cond(parts, example)
+    parts['net'] = self.net.init(net_key, jnp.zeros((1, *self.shape)), jnp.zeros(1), cond)['params']
+    if (adapters := self.config.lora).rank:
+      from diffusion_jax.nets import lora
+      parts['lora'] = lora.init(jax.random.fold_in(key, 5), parts['net'], adapters.rank, adapters.pattern)
+    return {name: part for name, part in parts.items() if part or name in ('net', 'process')}
 
-  def cond(self, labels: Array, drop: Array | None = None) -> dict[str, Array]:
-    """What the net is conditioned on, for labels [B]; those with `drop` [B] are the null class."""
-    if not self.num_classes:
-      return {}
-    return {'label': labels} if drop is None else {'label': labels, 'drop': drop}
+  def is_frozen(self, name: str) -> bool:
+    """Whether the parameters of that name are used and not trained."""
+    return {'codec': True, 'net': self.config.lora.rank > 0, 'text': self.text and not self.text.trained}.get(name, False)
+
+  def whole(self, params: Mapping[str, Any], frozen: Mapping[str, Any] | tuple = ()) -> dict[str, Any]:
+    """All parameters that the model runs with: those trained and those frozen, adapters merged into the net's."""
+    parts = {**dict(frozen), **params}
+    if adapters := parts.pop('lora', None):
+      from diffusion_jax.nets import lora
+      parts['net'] = lora.merge(parts['net'], adapters, self.config.lora.scale)
+    return parts
+
+  def about(self, labels: Array) -> dict[str, Array]:
+    """What is known of examples by their labels [B], or by their tokens [B, L] for a model of text."""
+    return {'tokens' if self.text else 'label': labels}
+
+  def about_shapes(self, size: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes and types of what is known of `size` examples while sampling."""
+    shape = jax.ShapeDtypeStruct
+    return self.about(shape((size, self.text.length) if self.text else (size,), jnp.int32))
+
+  def labels(self, chosen: Sequence[int] | Sequence[str]) -> np.ndarray:
+    """What `about` takes, of labels by number, or of texts: int32 [B], or tokens [B, L] for a model of text.
+
+    Raises UserError for a text if the model knows none.
+    """
+    chosen = list(chosen)
+    if self.text:
+      texts = [one if isinstance(one, str) else self.captions[one] if self.captions else '' for one in chosen]
+      return self.tokenise(texts) if texts else np.zeros((0, self.text.length), np.int32)
+    if any(isinstance(one, str) for one in chosen):
+      raise UserError('a prompt needs a model of text, and config.text of this one is none: give its class by --labels')
+    return np.asarray(chosen, np.int32)
+
+  def cond(self, params: Mapping[str, Any], about: Mapping[str, Array], drop: Array | None = None) -> dict[str, Array]:
+    """What the net is conditioned on, of what is known of examples; where `drop` [B], the null class or no text."""
+    cond = {name: value for name, value in about.items() if name not in ('label', 'tokens')}
+    if self.text:
+      tokens = about['tokens']
+      tokens = tokens if drop is None else jnp.where(drop[:, None], self.null, tokens)
+      cond |= self.text(params['text'], tokens)
+    elif self.num_classes:
+      cond['label'] = about['label']
+    return cond | {'drop': drop} if drop is not None and (self.text or self.num_classes) else cond
 
   def denoiser(self, params: Mapping[str, Any], cond: Mapping[str, Array]) -> Denoise:
     """The denoiser of `params`, without dropout."""
@@ -185,20 +240,32 @@ class Model(NamedTuple):
     return diffusion.denoiser(net, self.diffusion, params['process'])
 
 
-def make(config: Config, shape: tuple[int, ...], num_classes: int) -> Model:
-  """The model of a config for images of `shape` (*S, C) with `num_classes` labels; UserError if they do not fit."""
-  net = build(config.net)
+def make(config: Config, shape: tuple[int, ...], num_classes: int, captions: Sequence[str] = ()) -> Model:
+  """The model of a config for images of `shape` (*S, C) with `num_classes` labels; UserError if they do not fit.
+
+  captions: the text of each label, which a model of text reads in the label's place.
+  """
+  net, codec, text = build(config.net), build(config.codec), build(config.text)
   wanted = getattr(net, 'num_classes', 0)
   if wanted and wanted != num_classes:
     raise UserError(f'config.net.num_classes is {wanted}, but the data has {num_classes} classes: set it to '
                     f'{num_classes}' + (', or to 0 to ignore the labels' if num_classes else ''))
+  with explain('config.codec'):
+    latent = codec.latent(shape)
+  tokenise = text.tokenise if text else None
   model = Model(config, net, Diffusion(build(config.process), build(config.target), build(config.noise)),
-                codecs.Pixels(), tuple(shape), wanted, build(config.draw), build(config.weight))
+                codec, tuple(latent), tuple(shape), len(captions) if text else wanted, build(config.draw),
+                build(config.weight), text, tuple(captions) if text else (), tokenise)
   with explain('config.net'):
-    out = jax.eval_shape(lambda key: model.denoiser(model.init(key), model.cond(jnp.zeros(1, jnp.int32))).both(
-        jnp.zeros((1, *shape)), model.diffusion.process.path.level(jnp.zeros(1))), jax.random.key(0))
+    out = jax.eval_shape(lambda key: _denoised(model, model.whole(model.init(key))), jax.random.key(0))
   _check_fits(model, has_variance=out[1] is not None)
   return model
+
+
+def _denoised(model: Model, params: Mapping[str, Any]) -> tuple:
+  about = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), model.about_shapes(1))
+  level = model.diffusion.process.path.level(jnp.zeros(1))
+  return model.denoiser(params, model.cond(params, about)).both(jnp.zeros((1, *model.shape)), level)
 
 
 def _check_fits(model: Model, has_variance: bool) -> None:
@@ -236,49 +303,10 @@ def key(seed: int, purpose: str) -> Array:
   return jax.random.fold_in(jax.random.key(seed), zlib.crc32(purpose.encode()))
 
 
-class Trained(NamedTuple):
-  """A model and one set of its parameters out of a run folder, on every device of `mesh`."""
-  model: Model
-  mesh: jax.sharding.Mesh
-  params: Any
-  step: int
-  images: int
-  ema: str
-  class_names: tuple[str, ...]
-
-
-def restore(workdir: pathlib.Path, ema_name: str, step: int | None,
-            choose_devices: Callable[[Config], None]) -> Trained:
-  """The parameters of a run, of the newest whole checkpoint or of `step`: the average `ema_name`, or 'raw'.
-
-  `ema_name` may also be the file of an average, as posthoc_ema makes: NAME.safetensors. `choose_devices(config)` runs
-  before anything touches a device. Raises UserError if the folder is not a run's.
-  """
-  config = from_json(workdir / 'config.json')
-  check(config)
-  names, file = [*config.ema, 'raw'], pathlib.Path(ema_name) if ema_name.endswith('.safetensors') else None
-  if ema_name and not file and ema_name not in names:
-    raise UserError(f'there is no average {ema_name!r} in this run{nearest(ema_name, names)}')
-  if file and step is not None:
-    raise UserError(f'--step chooses a checkpoint, and {ema_name!r} is an average of its own time: give one of the two')
-  choose_devices(config)
-  config.train.ema_on_host = False  # this is no training
-  about = json.loads((workdir / 'data.json').read_text())
-  model, mesh = make(config, about['shape'], about['num_classes']), sharding.make_mesh()
-  abstract, class_names = abstract_state(model, mesh), tuple(about['class_names'])
-  if file:
-    params, images = snapshots.load(file, abstract.params), int(snapshots.Snapshot(file).about.get('images', 0))
-    name = f'{file.stem} {hashlib.sha256(file.read_bytes()).hexdigest()[:12]}'
-    return Trained(model, mesh, params, images // config.train.batch_size, images, name, class_names)
-  checkpoints = Checkpoints(workdir)
-  found = checkpoints.restore(abstract, step)
-  checkpoints.close()
-  if found is None:
-    raise UserError(f'there is no checkpoint in {str(workdir)!r} yet: let train reach its first')
-  state, meta = found
-  name = ema_name or next(iter(config.ema))
-  params = state.params if name == 'raw' else state.emas[name]
-  return Trained(model, mesh, params, meta['step'], meta['images'], name, class_names)
+def abstract_params(model: Model, mesh: jax.sharding.Mesh) -> dict[str, Any]:
+  """Shapes, types and shardings of all parameters that the model runs with."""
+  state = abstract_state(model, mesh)
+  return {name: part for name, part in {**dict(state.frozen), **state.params}.items() if name != 'lora'}
 
 
 def optimizer_of(config: Config) -> optax.GradientTransformation:
@@ -292,10 +320,12 @@ def optimizer_of(config: Config) -> optax.GradientTransformation:
 
 def initial_state(model: Model, optimizer: optax.GradientTransformation, key: Array) -> TrainState:
   """The state before the first step: every average starts at the parameters."""
-  params = model.init(key)
+  parts = model.init(key)
+  params = {name: part for name, part in parts.items() if not model.is_frozen(name)}
+  frozen = {name: part for name, part in parts.items() if model.is_frozen(name)}
   return TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=optimizer.init(params),
                     emas={name: jax.tree.map(jnp.copy, params) for name in model.config.ema},
-                    draw=model.draw.init(model.diffusion.process))
+                    draw=model.draw.init(model.diffusion.process), frozen=frozen or ())
 
 
 def abstract_state(model: Model, mesh: jax.sharding.Mesh) -> TrainState:

@@ -85,7 +85,7 @@ def plan(config: Config, topology: Topology, part: str, examples: int = 0, price
       if twice:
         with config.unlocked():
           larger = Config({**config, 'train': {**config.train, 'batch_size': 2 * batch}})
-        again = model_lib.make(larger, model.shape, model.num_classes)
+        again = model_lib.make(larger, model.image_shape, model.num_classes, model.captions)
         with contextlib.suppress(ahead.DoesNotFit):
           other = compiled('the step of twice the batch', *ahead.step_on(again, mesh, topology.platform, examples))
       usable = topology.chip.hbm * topology.chip.usable * topology.share * GIB

@@ -16,11 +16,12 @@ import numpy as np
 
 from diffusion_jax import model as model_lib
 from diffusion_jax.core import adaptive, guidance, levels, samplers
-from diffusion_jax.core.types import Array, Denoise, Denoiser, Level
-from diffusion_jax.model import Model, Trained
+from diffusion_jax.core.types import Denoise, Denoiser, Level
+from diffusion_jax.model import Model
 from diffusion_jax.pictures import STRIP_IMAGES, columns_of, npz, png, tile, write_trajectory
 from diffusion_jax.runtime import command, distributed, log, paths, sharding, snapshots
 from diffusion_jax.runtime.config import Config, UserError, build, explain, parse_call
+from diffusion_jax.trained import Trained, restore
 
 GUIDANCE = ('guidance', 'guidance_low', 'guidance_high', 'guidance_rescale', 'threshold')  # settings with a flag
 
@@ -28,12 +29,13 @@ GUIDANCE = ('guidance', 'guidance_low', 'guidance_high', 'guidance_rescale', 'th
 class Generator:
   """generate(params, ids, labels) -> images, compiled once for one batch shape.
 
-  config: the sampling settings (config.sample); seed: of all samples.
-  negative: the class that guidance leads away from; -1: from the model without a class.
+  config: the sampling settings (config.sample); seed: of all samples; labels: as `Model.labels` takes them, numbers or,
+  for a model of text, prompts.
+  negative: the class, or the prompt, that guidance leads away from; -1: from the model without either.
   """
 
   def __init__(self, model: Model, config: Config, seed: int, mesh: jax.sharding.Mesh, trajectory: bool = False,
-               negative: int = -1):
+               negative: int | str = -1):
     with explain('sampling'):
       sharding.check_divides(mesh, config.batch_size, 'batch_size')
     self.sampler = build(config.sampler)
@@ -41,10 +43,11 @@ class Generator:
     self._grid_of = lambda params: grid(process, config.steps, params)
     with explain('sampling'):
       self.grid = self._grid_of(process.init(jax.random.key(0)))  # of a learned schedule: made again from its params
-    if config.guidance != 1 and not model.num_classes:
-      raise UserError(f'guidance {config.guidance} needs a model with classes, and this one has none: use guidance 1')
-    if negative >= 0 and config.guidance == 1:
-      raise UserError('a negative class needs guidance: give --guidance other than 1')
+    if config.guidance != 1 and not (model.num_classes or model.text):
+      raise UserError(f'guidance {config.guidance} needs a model with classes or text, and this one has none: use '
+                      f'guidance 1')
+    if negative != -1 and config.guidance == 1:
+      raise UserError('a negative class or prompt needs guidance: give --guidance other than 1')
     self.batch_size, self.trajectory, self.mesh = config.batch_size, trajectory, mesh
     self.calls = self.sampler.nfe(config.steps) if self.sampler.calls else []  # a list: each sample has its own
     with explain('sampling'):
@@ -56,18 +59,27 @@ class Generator:
       self.calls, self._networks = self.calls + int(inside.sum()), 1
     self._compiled = None
     self.compile_seconds = 0.0
-    self._root = model_lib.key(seed, 'sample')
+    self._model, self._root = model, model_lib.key(seed, 'sample')
     counts = not self.sampler.calls and not trajectory
     sampler = adaptive.counted(self.sampler) if counts else self.sampler
 
-    def generate(params, root, grid, ids, labels):
+    def decode(params, x):
+      one = lambda x: model.codec.decode(params.get('codec', {}), x)
+      return one(x) if x.ndim == 1 + len(model.shape) else jax.lax.map(one, x)
+
+    other = None if negative == -1 else model.labels([negative])[0]  # a number, or the tokens of a text
+
+    def generate(params, root, grid, ids, about):
       keys = jax.vmap(lambda i: jax.random.fold_in(root, i))(ids)
-      ref = model.cond(labels, jnp.ones(labels.shape, bool)) if negative < 0 else model.cond(0 * labels + negative)
-      denoise = guided(model.denoiser(params, model.cond(labels)), model.denoiser(params, ref), config)
+      if other is None:
+        ref = model.cond(params, about, jnp.ones(len(ids), bool))
+      else:
+        ref = model.cond(params, {**about, **model.about(jnp.broadcast_to(other, (len(ids), *other.shape)))})
+      denoise = guided(model.denoiser(params, model.cond(params, about)), model.denoiser(params, ref), config)
       x = samplers.prior(keys, model.shape, jax.tree.map(lambda a: a[0], grid))
       found = samplers.solve(sampler, denoise, x, grid, keys, trajectory)
       images, calls = found if counts else (found, ())
-      return jax.tree.map(model.codec.decode, images), calls
+      return jax.tree.map(lambda x: decode(params, x), images), calls
 
     self._generate = jax.jit(generate)
 
@@ -92,14 +104,22 @@ class Generator:
     """Compiles, once, and notes the seconds it took."""
     if self._compiled is None:
       start = time.perf_counter()
-      self._compiled = self._generate.lower(*self._arguments(params, np.zeros(0), np.zeros(0))).compile()
+      self._compiled = self._generate.lower(*self._arguments(params, np.zeros(0), [])).compile()
       self.compile_seconds = time.perf_counter() - start
     return self._compiled
 
-  def __call__(self, params: Any, ids: Sequence[int], labels: Sequence[int]) -> Any:
+  def trace(self, params: Any) -> Any:
+    """What jax traces for `params`, arrays or their shapes with shardings, on a mesh that need not exist."""
+    where = lambda tree, axes: jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=axes), tree)
+    ids = jax.ShapeDtypeStruct((self.batch_size,), jnp.uint32)
+    shared, each = sharding.replicated(self.mesh), sharding.batch(self.mesh)
+    return self._generate.trace(params, *where((self._root, self.grid), shared),
+                                *where((ids, self._model.about_shapes(self.batch_size)), each))
+
+  def __call__(self, params: Any, ids: Sequence[int], labels: Sequence[int] | Sequence[str]) -> Any:
     """uint8 images [n, *S, C] of at most batch_size ids; with a trajectory (images, (x [N, n, ...], x0 estimate))."""
     compiled = self.compile(params)
-    found = compiled(*self._arguments(params, np.asarray(ids), np.asarray(labels)))
+    found = compiled(*self._arguments(params, np.asarray(ids), labels))
     out, calls = jax.device_get(jax.tree.map(snapshots.on_host, found) if distributed.count() > 1 else found)
     if len(calls):
       self.calls += calls[:len(ids)].tolist()
@@ -107,15 +127,12 @@ class Generator:
       return out[:len(ids)]
     return out[0][:len(ids)], jax.tree.map(lambda a: a[:, :len(ids)], out[1])
 
-  def _arguments(self, params: Any, ids: np.ndarray, labels: np.ndarray) -> tuple:
+  def _arguments(self, params: Any, ids: np.ndarray, labels: Sequence[int] | Sequence[str]) -> tuple:
     grid = self._grid_of(params['process']) if jax.tree.leaves(params['process']) else self.grid
     root, grid = distributed.everywhere((self._root, grid), sharding.replicated(self.mesh))
-    return params, root, grid, *self._put(ids, labels)
-
-  def _put(self, ids: np.ndarray, labels: np.ndarray) -> tuple[Array, Array]:
-    padded = lambda a, dtype: np.resize(a, self.batch_size).astype(dtype)  # repeats, or zeros from an empty array
-    arrays = padded(ids, np.uint32), padded(labels, np.int32)
-    return tuple(distributed.everywhere(a, sharding.batch(self.mesh)) for a in arrays)
+    padded = lambda a: np.resize(a, (self.batch_size, *a.shape[1:]))  # repeats, or zeros from an empty array
+    each = padded(ids.astype(np.uint32)), self._model.about(padded(self._model.labels(labels)))
+    return params, root, grid, *distributed.everywhere(each, sharding.batch(self.mesh))
 
 
 def guided(denoise: Denoise, ref: Denoise, config: Config) -> Denoise:
@@ -196,7 +213,7 @@ def open_run(flags: Any, apart: bool = False) -> tuple[Trained, Config]:
     processes = command.join(flags)
     sharding.use_cpu_cores(config.sample.batch_size // (1 if apart else processes))
 
-  trained = model_lib.restore(paths.folder(flags.workdir), flags.ema, flags.step, choose_devices)
+  trained = restore(paths.folder(flags.workdir), flags.ema, flags.step, choose_devices)
   if apart and distributed.count() > 1:
     own = sharding.make_mesh(devices=jax.local_devices())
     place = lambda a: jax.device_put(snapshots.on_host(a), sharding.replicated(own))

@@ -15,8 +15,9 @@ from flax import struct
 from diffusion_jax import model as model_lib
 from diffusion_jax.core import diffusion, ema, schedules
 from diffusion_jax.core.types import Array
+from diffusion_jax.data import augment
 from diffusion_jax.model import Model
-from diffusion_jax.nets import layers
+from diffusion_jax.nets import codecs, layers
 from diffusion_jax.runtime import distributed, sharding
 from diffusion_jax.runtime.config import Config, build, explain
 from diffusion_jax.runtime.state import TrainState
@@ -63,7 +64,7 @@ def make_step(model: Model, optimizer: optax.GradientTransformation, where: Trai
 
   root: the key of all randomness, which is a function of (root, step); see `root_key`.
   data: the whole data set on the device, images uint8 [N, *S, C] and labels [N], and batches are indices [K, B]; or
-  None, and batches are themselves (images [K, B, *S, C], labels [K, B]).
+  None, and batches are themselves (images [K, B, *S, C], labels [K, B]). A model of text has tokens [.., L] for labels.
   where: the shardings of the state, without which all is left to the compiler.
   """
   config = model.config
@@ -82,19 +83,26 @@ def make_step(model: Model, optimizer: optax.GradientTransformation, where: Trai
   def one_step(root, carry, batch):
     state, metrics = carry
     images, labels = batch
-    flip_key, drop_key, level_key, eps_key, dropout_key = jax.random.split(jax.random.fold_in(root, state.step), 5)
+    key = jax.random.fold_in(root, state.step)
+    flip_key, drop_key, level_key, eps_key, dropout_key = jax.random.split(key, 5)
     if config.data.flip:
       images = mirror(flip_key, images)
-    x0 = spread(model.codec.encode(images))
+    pixels, about = codecs.floats(images), model.about(labels)
+    if config.data.augment:
+      pixels, about['augment'] = augment.augment(jax.random.fold_in(key, 5), pixels, config.data.augment)
+    frozen = dict(state.frozen)
+    x0 = spread(model.codec.encode(frozen.get('codec', {}), pixels, jax.random.fold_in(key, 6)))
     eps = jax.random.normal(eps_key, x0.shape)
-    cond = model.cond(labels, jax.random.bernoulli(drop_key, config.label_dropout, (size,)))
+    drop = jax.random.bernoulli(drop_key, config.label_dropout, (size,))
 
-    def loss_of(params, i):
+    def loss_of(trained, i):
       # Every parts-th example: each device keeps its own.
       part = lambda tree: jax.tree.map(lambda a: a.reshape(size // parts, parts, *a.shape[1:])[:, i], tree)
+      params, given = model.whole(trained, frozen), part((about, drop))
       level, correction = part(draw.sample(level_key, size, process, params['process'], state.draw))
+      cond = model.cond(params, *given)
       net = REMAT[config.train.remat](lambda params, x, noise: model.net.apply(
-          {'params': params}, x, noise, part(cond), train=True, rngs={'dropout': jax.random.fold_in(dropout_key, i)}))
+          {'params': params}, x, noise, cond, train=True, rngs={'dropout': jax.random.fold_in(dropout_key, i)}))
       losses = diffusion.loss(functools.partial(net, params['net']), part(x0), part(eps), level, model.diffusion,
                               model.weight, params['process'], params.get('weight'))
       corrected = losses * correction
@@ -110,14 +118,16 @@ def make_step(model: Model, optimizer: optax.GradientTransformation, where: Trai
     losses, corrected, level = jax.tree.map(lambda a: a.swapaxes(0, 1).ravel(), seen)  # in the batch's order again
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    if project := getattr(model.net, 'project', None):  # a net whose weights keep their norm (EDM2)
+    project = getattr(model.net, 'project', None)
+    if project and 'net' in params:  # a net whose weights keep their norm (EDM2)
       params = {**params, 'net': project(params['net'])}
     emas = {name: ema.update(average, params, rates[name](state.step, size))
             for name, average in fetch_averages(state.emas).items()}
     metrics = metrics.merge(Metrics.single_from_model_output(
         loss=corrected.mean(), grad_norm=optax.tree.norm(grads), losses=losses, logsnr=level.logsnr))
     remembered = draw.update(state.draw, level, losses, process, state.params['process'])
-    return (TrainState(state.step + 1, params, opt_state, store_averages(emas), remembered), metrics), None
+    return (state.replace(step=state.step + 1, params=params, opt_state=opt_state, emas=store_averages(emas),
+                          draw=remembered), metrics), None
 
   def steps(root, state, metrics, data, batches):
     fetch = lambda batch: jax.tree.map(lambda a: a[batch], data) if data else batch

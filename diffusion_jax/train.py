@@ -105,7 +105,7 @@ def train(config: Config, workdir: pathlib.Path, allow_changes: bool = False, pr
   with explain('config'):
     mesh = sharding.make_mesh(**config.mesh)
     sharding.check_divides(mesh, config.train.batch_size // config.train.accumulate, 'train.batch_size / accumulate')
-  model = model_lib.make(config, source.shape, source.num_classes)
+  model = model_lib.make(config, source.shape, source.num_classes, source.class_names)
   optimizer = model_lib.optimizer_of(config)
   previews = Previews(model, mesh, workdir)
   abstract = model_lib.abstract_state(model, mesh)
@@ -140,7 +140,7 @@ def fit(model: Model, optimizer: optax.GradientTransformation, abstract: TrainSt
     write_about(workdir, model, source, num_parameters(abstract.params))
   records = held.enter_context(contextlib.closing(log.Run(workdir) if writer else NoRecords()))
 
-  batches = Batches(config, source, mesh)
+  batches = Batches(config, source, mesh, *([model.labels] if model.text else []))
   metrics = distributed.everywhere(Metrics.empty(), sharding.replicated(mesh))
   calls = batches(meta['step'], schedule.total)
   first = next(calls, None)

@@ -44,11 +44,11 @@ def broken_rules(name, source):
     others = {f'diffusion_jax.{leaf}' for leaf in LEAVES - {place[1]}}
     # Leaves do not know the commands on top of them either.
     broken |= inside(*others) | (inside('diffusion_jax') - inside(f'diffusion_jax.{place[1]}'))
-  elif place[1] == 'convert':
-    broken |= inside('diffusion_jax') - inside(*(f'diffusion_jax.{one}' for one in ('convert', 'nets', 'runtime')))
+  elif place[1] == 'convert' and place[-1] != '__main__.py':  # which is a command
+    broken |= inside('diffusion_jax') - inside(*(f'diffusion_jax.{one}' for one in ('convert', 'core', 'nets', 'runtime')))
   if place[1] == 'core':
     broken |= found - standard - inside('jax', 'numpy', 'diffusion_jax.core')
-  if place[1] == 'data':
+  if place[1] == 'data' and place[-1] != 'augment.py':  # which is a part of the train step
     broken |= inside('jax', 'jaxlib', 'flax')
   return broken
 
@@ -75,7 +75,7 @@ def test_imports_keep_to_the_layers(name):
     ('diffusion_jax/diff.py', 'import jax'), ('diffusion_jax/diff.py', 'from diffusion_jax import report'),
     ('diffusion_jax/verdict.py', 'import scipy'), ('diffusion_jax/verdict.py', 'from diffusion_jax import records'),
     ('diffusion_jax/comparison.py', 'import numpy'), ('diffusion_jax/gallery.py', 'from PIL import Image'),
-    ('diffusion_jax/convert/a.py', 'from diffusion_jax.core import schedules'),
+    ('diffusion_jax/convert/a.py', 'from diffusion_jax.data import sources'),
     ('diffusion_jax/convert/a.py', 'from diffusion_jax import model'),
     ('launch/a.py', 'from diffusion_jax.runtime import config')])
 def test_a_broken_rule_is_seen(name, source):

@@ -121,11 +121,12 @@ def test_the_fast_convolution_is_as_exact_as_float32_allows(space, fast):
 
 
 def test_pixels_round_trip_and_clip():
-  codec, images = codecs.Pixels(), jnp.arange(256, dtype=jnp.uint8).reshape(1, 16, 16, 1)
-  x = codec.encode(images)
+  codec, images = codecs.pixels(), jnp.arange(256, dtype=jnp.uint8).reshape(1, 16, 16, 1)
+  x = codec.encode({}, codecs.floats(images), jax.random.key(0))
+  decode = lambda x: codec.decode({}, x)
   assert x.dtype == jnp.float32 and (x.min(), x.max()) == (-1, 1)
-  np.testing.assert_array_equal(codec.decode(x), images)
-  np.testing.assert_array_equal(codec.decode(x + 0.49 / 127.5), images)  # to the nearest
-  np.testing.assert_array_equal(codec.decode(jnp.array([-1e9, -1.1, -1, 1, 1.1, 1e9, jnp.inf])),
+  np.testing.assert_array_equal(decode(x), images)
+  np.testing.assert_array_equal(decode(x + 0.49 / 127.5), images)  # to the nearest
+  np.testing.assert_array_equal(decode(jnp.array([-1e9, -1.1, -1, 1, 1.1, 1e9, jnp.inf])),
                                 [0, 0, 0, 255, 255, 255, 255])
-  assert codec.decode(x).dtype == jnp.uint8
+  assert decode(x).dtype == jnp.uint8

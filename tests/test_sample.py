@@ -68,7 +68,7 @@ def test_guidance_is_off_at_one_and_acts_above(model, params):
   """Towards the class, away from the model without one, or from a negative class; the last call shows it."""
   x, level = jax.random.normal(jax.random.key(0), (4, 8, 8, 1)), model.diffusion.process.level(1.0)
   labels = np.arange(4)
-  cond, null, seven = (model.denoiser(params, model.cond(*given)) for given in (
+  cond, null, seven = (model.denoiser(params, model.cond(params, {'label': label}, *drop)) for label, *drop in (
       (labels,), (labels, np.ones(4, bool)), (np.full(4, 7),)))
   for ref in (null, seven):
     at = lambda scale, clip=False, ref=ref: np.asarray(

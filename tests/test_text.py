@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 from nets import filled, jit, normal
 
-from diffusion_jax.nets.dit import MMDiT
-from diffusion_jax.nets.text import ByteEncoder, WithText, tokenise
+from diffusion_jax.nets.text import ByteEncoder, tokenise
 
 SMALL = ByteEncoder(width=16, depth=2, heads=2, length=12)
 
@@ -75,20 +74,3 @@ def test_an_empty_prompt_is_finite_and_masked(encode):
 def test_more_tokens_than_places_is_an_error():
   with pytest.raises(ValueError, match='the text encoder has 12 places, got 13 tokens'):
     jax.eval_shape(SMALL.init, jax.random.key(0), jnp.zeros((1, 13), int))
-
-
-def test_a_net_with_its_encoder_follows_the_prompt_and_trains_it():
-  net = WithText(MMDiT(width=8, depth=1, heads=2), SMALL.clone(depth=1))
-  x, noise, cond = normal(2, 4, 4, 3), jnp.full(2, 300.0), {'tokens': tokenise(['a cat', ''], 12)}
-  shapes = jax.eval_shape(net.init, jax.random.key(0), x, noise, cond)['params']
-  assert set(shapes) == {'net', 'encoder'} and net.num_classes == 0
-  params = filled(shapes)
-  def loss(params, tokens):
-    out = net.apply({'params': params}, x, noise, {'tokens': tokens})
-    return jnp.square(out).mean(), out
-  run = jit(jax.value_and_grad(loss, has_aux=True))
-  (_, cat), grads = run(params, cond['tokens'])
-  (_, dog), _ = run(params, tokenise(['a dog', ''], 12))
-  assert np.abs(cat - dog)[0].max() > 1e-3
-  np.testing.assert_array_equal(cat[1], dog[1])
-  assert np.abs(grads['encoder']['bytes']['embedding'][1 + ord('c')]).max() > 0

@@ -32,16 +32,16 @@ class AutoencoderKL(nn.Module):
 
   channels: widths of the levels, each at half the size of the one before; blocks: residual blocks per level of the
   encoder, the decoder has one more; groups: of the normalisations; scaling, shift: latents of a diffusion model are
-  (z - shift) * scaling; quant, post_quant: whether a pointwise layer comes after the encoder and before the
-  decoder; dtype: of the products. The defaults are those of Stable Diffusion 1.
+  (z - shift) * scaling, each one number or one per channel; quant, post_quant: whether a pointwise layer comes after
+  the encoder and before the decoder; dtype: of the products. The defaults are those of Stable Diffusion 1.
   """
   channels: Sequence[int] = (128, 256, 512, 512)
   blocks: int = 2
   latent: int = 4
   outputs: int = 3
   groups: int = 32
-  scaling: float = 0.18215
-  shift: float = 0.0
+  scaling: float | Sequence[float] = 0.18215
+  shift: float | Sequence[float] = 0.0
   quant: bool = True
   post_quant: bool = True
   dtype: str = 'float32'
@@ -79,11 +79,11 @@ class AutoencoderKL(nn.Module):
 
   def scale(self, z: Array) -> Array:
     """Latents as a diffusion model takes them, of about unit variance."""
-    return (z - self.shift) * self.scaling
+    return (z - jnp.asarray(self.shift)) * jnp.asarray(self.scaling)
 
   def unscale(self, x: Array) -> Array:
     """The inverse of `scale`."""
-    return x / self.scaling + self.shift
+    return x / jnp.asarray(self.scaling) + jnp.asarray(self.shift)
 
 
 class Encoder(nn.Module):

@@ -1,6 +1,6 @@
 """Text for networks that are conditioned on it: bytes as tokens, and a small encoder that is trained with the model."""
 import unicodedata
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 import flax.linen as nn
 import jax
@@ -78,20 +78,6 @@ class Layer(nn.Module):
     y = jax.nn.dot_product_attention(query, key, value, mask=mask, is_causal=causal).reshape(h.shape)
     h = h + dense(self.width, 'out')(y)
     return h + dense(self.width, 'mlp_out')(self.activation(dense(self.mlp, 'mlp_in')(norm('norm_1')(h))))
-
-
-class WithText(nn.Module):
-  """A net with its own encoder: cond['tokens'] [B, L] become cond['text'] and cond['text_mask'] for it."""
-  net: nn.Module
-  encoder: nn.Module
-
-  @property
-  def num_classes(self) -> int:
-    return getattr(self.net, 'num_classes', 0)
-
-  def __call__(self, x: Array, noise: Array, cond: Mapping[str, Array], train: bool = False) -> Array:
-    text, mask = self.encoder(cond['tokens'])
-    return self.net(x, noise, {**cond, 'text': text, 'text_mask': mask}, train)
 
 
 def _check_length(ids: Array, length: int) -> None:

@@ -28,7 +28,9 @@ ALLOWED = ['diffusion_jax.core', 'diffusion_jax.nets', 'optax']
 # that lacks one is read as if it had it. What is added to the default config is added here, and an argument that is
 # added to a function of a spec has a default that keeps what the function did.
 ADDED = {'mesh.tensor': 1, 'mesh.context': 1, 'sharding': '', 'train.reduce': 'float32', 'train.remat': 'none',
-         'train.moments': 'float32', 'train.ema_on_host': False}
+         'train.moments': 'float32', 'train.ema_on_host': False, 'data.augment': 0.0, 'start': '',
+         'lora': {'rank': 0, 'pattern': '', 'scale': 1.0}, 'codec': {'fn': 'diffusion_jax.nets.codecs:pixels'},
+         'text': {'fn': 'diffusion_jax.nets.encoders:none'}}
 Config = ml_collections.ConfigDict
 GROUPS = (Mapping, Config)  # a ConfigDict is not a Mapping
 

@@ -24,6 +24,7 @@ def memory_table(compiled: jax.stages.Compiled, state: TrainState, batch: Any) -
   averages = device_bytes(state.emas)
   on_host = any(leaf.sharding.memory_kind == HOST for leaf in jax.tree.leaves(state.emas))
   rows = [('parameters', device_bytes(state.params)), ('optimizer', device_bytes(state.opt_state))]
+  rows += [('frozen', device_bytes(state.frozen))] if state.frozen else []
   rows += [] if on_host else [('averages', averages)]
   rows += [('batch', device_bytes(batch))]
   measured = compiled.memory_analysis()

@@ -15,13 +15,15 @@ Tree = Any
 
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-  """step: steps taken, int32 []; params; opt_state: optax's; emas: {name: average of params}; draw: what the draw of
-  levels remembers, () for most."""
+  """step: steps taken, int32 []; params: what is trained; opt_state: optax's; emas: {name: average of params};
+  draw: what the draw of levels remembers, () for most; frozen: parameters that are used and not trained, () for most.
+  """
   step: jax.Array
   params: Tree
   opt_state: Tree
   emas: dict[str, Tree]
   draw: Tree = ()
+  frozen: Tree = ()
 
   def replace(self, **changes: Any) -> 'TrainState':
     """The state with some fields changed."""
@@ -33,12 +35,17 @@ def _is_empty(tree: Tree) -> bool:
 
 
 def _flatten_with_keys(state: TrainState):
-  # While it is (), `draw` is no node of the tree: Orbax would ask for it in checkpoints that never had one.
-  names = [f.name for f in dataclasses.fields(state) if f.name != 'draw' or not _is_empty(state.draw)]
-  return [(jax.tree_util.GetAttrKey(name), getattr(state, name)) for name in names], len(names)
+  # While one is (), it is no node of the tree: Orbax would ask for it in checkpoints that never had one.
+  names = tuple(f.name for f in dataclasses.fields(state)
+                if f.name not in ('draw', 'frozen') or not _is_empty(getattr(state, f.name)))
+  return [(jax.tree_util.GetAttrKey(name), getattr(state, name)) for name in names], names
 
 
-jax.tree_util.register_pytree_with_keys(TrainState, _flatten_with_keys, lambda _, fields: TrainState(*fields))
+def _unflatten(names, fields):
+  return TrainState(**dict(zip(names, fields, strict=True)))
+
+
+jax.tree_util.register_pytree_with_keys(TrainState, _flatten_with_keys, _unflatten)
 
 
 def named_leaves(tree: Tree) -> Iterator[tuple[str, Any]]:
