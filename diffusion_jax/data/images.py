@@ -1,6 +1,7 @@
 """Sources of encoded images: a folder, a zip file, a TFDS directory.
 
-All three give bytes to one decoder, so a picture becomes the same array wherever it lies.
+All three give bytes to one decoder, so a picture becomes the same array wherever it lies. The images of a folder or a
+zip file have classes by sub-folder, or captions (captions.py): every distinct caption is then a class name.
 """
 import functools
 import io
@@ -12,7 +13,7 @@ import zipfile
 
 import numpy as np
 
-from diffusion_jax.data import remote, sources
+from diffusion_jax.data import captions, remote, sources
 
 SUFFIXES = ('.png', '.jpg', '.jpeg', '.bmp', '.webp')
 MODES = {1: 'L', 3: 'RGB', 4: 'RGBA'}  # PIL's name of 8-bit pixels, by channel count
@@ -83,7 +84,7 @@ class Encoded(sources.Source):
 
 
 class Folder(Encoded):
-  """Image files below a folder, in the order of their paths; see `layout` for splits and classes."""
+  """Image files below a folder, in the order of their paths; see `layout` for splits, classes and captions."""
 
   def __init__(self, name, split, root, **options):
     if not root.is_dir():
@@ -92,7 +93,7 @@ class Folder(Encoded):
     found = remote.find(root) if remote.is_remote(root) else [
         pathlib.Path(folder, file).relative_to(root).as_posix()
         for folder, _, files in os.walk(root, followlinks=True) for file in files]
-    self.paths, self.labels, class_names = layout(name, split, found)
+    self.paths, self.labels, class_names = layout(name, split, found, lambda p: remote.read_bytes(root / p))
     super().__init__(name, split, class_names, **options)
 
   def __len__(self):
@@ -117,7 +118,7 @@ class Zip(Encoded):
     if not zipfile.is_zipfile(path):
       raise ValueError(f'{path} is not a zip file, or it is cut short: write or copy it again.')
     self.path = path
-    self.paths, self.labels, class_names = layout(name, split, self._file.namelist())
+    self.paths, self.labels, class_names = layout(name, split, self._file.namelist(), self._read)
     super().__init__(name, split, class_names, **options)
 
   @functools.cached_property
@@ -133,8 +134,11 @@ class Zip(Encoded):
 
   def read(self, i):
     """Bytes and label of record i."""
+    return self._read(self.paths[i]), self.labels[i]
+
+  def _read(self, path):
     with _ZIP_LOCK:  # one handle has one position; decoding, the slow part, runs outside
-      return self._file.read(self.paths[i]), self.labels[i]
+      return self._file.read(path)
 
 
 class Tfds(Encoded):
@@ -185,15 +189,19 @@ class Tfds(Encoded):
     return record['image'], int(record['label']) if self.labelled else 0
 
 
-def layout(name, split, found):
+def layout(name, split, found, read_bytes):
   """What a split of an image folder holds: (paths [N], labels [N], class names), in the order of the paths.
 
-  found: paths below the root with '/' between folders, of any files. If the first folders are named train, test or
-  val(idation), `split` selects among them and other folders are passed over; otherwise all is the split 'train'.
-  Below that the first folder is the class, and classes are numbered by name over all splits. A split whose images lie
-  outside any folder has no classes.
+  found: paths below the root with '/' between folders, of any files; read_bytes: path -> content. If the first folders
+  are named train, test or val(idation), `split` selects among them and other folders are passed over; otherwise all is
+  the split 'train'. Below that the first folder is the class, and classes are numbered by name over all splits. A split
+  whose images lie outside any folder has no classes.
+
+  If an image of the split has a caption (captions.py), all must have one, and folders within the split mean nothing:
+  the class names are the distinct captions of all splits, sorted.
   """
-  found = sorted(p for p in found if p.lower().endswith(SUFFIXES) and not re.search(r'(^|/)(\.|__MACOSX/)', p))
+  visible = [p for p in found if not re.search(r'(^|/)(\.|__MACOSX/)', p)]
+  found = sorted(p for p in visible if p.lower().endswith(SUFFIXES))
   if not found:
     raise FileNotFoundError(f'{name} holds no images ({", ".join(SUFFIXES)}).')
   heads = {p: p.partition('/')[0] for p in found if '/' in p}
@@ -202,14 +210,25 @@ def layout(name, split, found):
   wanted = [(p, inner) for row_split, p, inner in rows if row_split == FOLDERS.get(split, split)]
   if not wanted:
     raise sources.no_split(name, split, {row[0] for row in rows})
-  flat = [p for p, inner in wanted if '/' not in inner]
-  if flat and len(flat) < len(wanted):
-    raise ValueError(f'{name} holds images both outside and inside class folders, {flat[0]} among those outside: put '
-                     'every image into a class folder, or none.')
-  class_names = [] if flat else sorted({inner.partition('/')[0] for _, _, inner in rows if '/' in inner})
+  try:
+    texts = captions.read(visible, found, read_bytes)
+  except ValueError as error:
+    raise ValueError(f'{name}: {error}') from error
+  missing = [p for p, _ in wanted if p not in texts]
+  if len(missing) < len(wanted):
+    if missing:
+      raise ValueError(f'{name}: {missing[0]} has no caption, and {len(wanted) - len(missing)} of the {len(wanted)} '
+                       f'images of the split {split!r} have one: give every image a caption, or none.')
+    classes = {p: texts[p] for _, p, _ in rows if p in texts}
+  else:
+    flat = [p for p, inner in wanted if '/' not in inner]
+    if flat and len(flat) < len(wanted):
+      raise ValueError(f'{name} holds images both outside and inside class folders, {flat[0]} among those outside: put '
+                       'every image into a class folder, or none.')
+    classes = {} if flat else {p: inner.partition('/')[0] for _, p, inner in rows if '/' in inner}
+  class_names = sorted(set(classes.values()))
   number = {class_name: i for i, class_name in enumerate(class_names)}
-  labels = [number.get(inner.partition('/')[0], 0) for _, inner in wanted]
-  return [p for p, _ in wanted], labels, class_names
+  return [p for p, _ in wanted], [number[classes[p]] if classes else 0 for p, _ in wanted], class_names
 
 
 def data_root(data_dir=''):

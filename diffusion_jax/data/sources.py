@@ -2,6 +2,7 @@
 
 digits               scikit-learn's 8x8 digits, 1297 for training and 500 held out; needs no download
 folder:PATH          images below PATH, class by sub-folder; PATH/train and PATH/test are splits if they exist
+                     captions in captions.jsonl, metadata.jsonl or FILE.txt are the class names instead (captions.py)
 zip:PATH             the same, in a zip file
 npz:PATH             arrays image uint8 [N,*S,C] and label int [N], in one file or in PATH/train.npz and PATH/test.npz
 tfds:NAME            a TensorFlow Datasets directory prepared as array_record; cifar10 is prepared here if it is missing
