@@ -1,7 +1,9 @@
 """The pure parts of experiments/throughput: no clock is read here."""
+import dataclasses
 import importlib.util
 import json
 import pathlib
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -9,11 +11,8 @@ import numpy as np
 import pytest
 
 from diffusion_jax.metrics import inception
-from diffusion_jax.nets import unet
 from diffusion_jax.runtime.config import UserError
-from experiments.throughput import cases, run, stats, table
-
-WITH_NET = sorted({case.net for case in cases.CASES.values() if case.net})
+from experiments.throughput import cases, processes, run, stats, table, worker
 
 
 def rounds(median, noise, seed, n=20):
@@ -59,10 +58,10 @@ def test_the_overhead_is_judged_by_its_interval():
   assert stats.overhead_verdict(bare * drift, rounds(1.01, 0.002, 5) * drift) == 'within 3 %'
 
 
-def record(case, time, ms, device='a cpu, 2 cores', share=None):
+def record(case, time, ms, device='a cpu, 2 cores', share=None, **more):
   side = {'median_ms': ms, 'cpu_ms': None if share else 2 * ms, 'compile_seconds': 1.0, 'peak_bytes': 2 ** 28}
   return {'case': case, 'about': f'about {case}', 'device': device, 'time': time, 'ratio': 1.25, 'interval': [1.2, 1.3],
-          'share_percent': share, 'verdict': 'faster', 'sides': {'torch': side, 'jax': side}}
+          'share_percent': share, 'verdict': 'faster', 'sides': {'torch': side, 'jax': side}, **more}
 
 
 def test_the_table_shows_the_newest_record_of_each_case_and_is_put_in_once():
@@ -95,21 +94,93 @@ def test_the_file_of_a_device_is_named_plainly():
   assert cases.file_name('Intel(R) Xeon(R) CPU @ 2.50GHz, 2 cores') == 'intel-xeon-cpu-2.50ghz-2-cores.jsonl'
 
 
-@pytest.mark.parametrize('name', WITH_NET)
-def test_both_sides_have_arrays_of_the_same_sizes(name):
-  missing = [m for m in ('torch', 'diffusers') if importlib.util.find_spec(m) is None]
+def test_the_table_names_the_quickest_baseline_and_the_limits_of_the_machine():
+  side = lambda ms, share: {'median_ms': ms, 'cpu_ms': ms, 'compile_seconds': 0.0, 'peak_bytes': 2 ** 20,
+                            'peak_share': share}
+  limit = {'rates': {'float32': 2e11, 'copy': 1.25e10}, 'by': {'float32': 'torch', 'copy': 'jax'}, 'device': ''}
+  several = record('cifar10_train', '1', 0.0, limits=limit, baseline='torch-compile', sides={
+      'torch': side(11.0, 0.31), 'torch-compile': side(7.0, 0.47), 'jax': side(5.0, 0.66)})
+  alone = record('edm2_forward', '1', 0.0, limits=limit, baseline=None, ratio=None, interval=None,
+                 verdict='no counterpart', sides={'jax': side(3.0, 0.5)})
+  lines = table.render([several, alone]).splitlines()
+  assert '200 GFLOP/s (torch)' in lines[2] and '12.5 GB/s (jax)' in lines[2]
+  cells = [[cell.strip() for cell in line.strip('|').split('|')] for line in lines[4:]]
+  assert len({len(row) for row in cells}) == 1
+  assert cells[2][1:3] == ['7.0', '5.0'] and '47 / 66' in cells[2]
+  assert cells[3][1:5] == ['-', '3.0', 'alone', 'no counterpart'] and '- / 50' in cells[3]
+
+
+@pytest.mark.parametrize('name', cases.CASES)
+def test_every_case_is_one_that_both_sides_can_be_asked(name):
+  from experiments.throughput import equal, jax_side
+  case = cases.CASES[name]
+  assert case.work in jax_side.WORK
+  again = cases.Case(**json.loads(json.dumps(dataclasses.asdict(case))))  # as it reaches a worker
+  assert dataclasses.asdict(again) == json.loads(json.dumps(dataclasses.asdict(case)))
+  if not case.net:
+    return
+  about = cases.net_of(again)
+  given = cases.inputs(dataclasses.replace(again, batch=2))
+  assert all(len(a) == 2 for a in given.values())
+  equal.module(about, case.dtype)
+  if case.work in ('train', 'sample'):
+    jax_side.config_of(again)  # which checks it
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+  """Small networks of every family that the other library has, and the work that compares them."""
+  small = {
+      'ddpm': cases.Net('ddpm', 8, 3, {'channels': 32, 'multipliers': (1, 2), 'blocks': 1, 'attention': (4,)}),
+      'adm': cases.Net('adm', 8, 3, {'channels': 32, 'multipliers': (1, 2), 'blocks': 1, 'attention': (4,),
+                                     'head_channels': 16}),
+      'text': cases.Net('text', 4, 4, {'channels': 32, 'multipliers': (1, 1), 'blocks': 1, 'depth': (1, 0), 'heads': 2,
+                                       'text': 8}),
+      'autoencoder': cases.Net('autoencoder', 16, 3, {'channels': (32,) * 4, 'blocks': 1, 'latent': 4}),
+      'clip': cases.Net('clip', 77, 0, {'width': 16, 'depth': 2, 'heads': 2, 'mlp': 32}),
+      'dit': cases.Net('dit', 4, 4, {'width': 24, 'depth': 2, 'heads': 2, 'patch': 2, 'num_classes': 5})}
+  monkeypatch.setattr(cases, 'NETS', small)
+  return lambda family: cases.Case(family, {'autoencoder': 'decode'}.get(family, 'forward'), 2, '')
+
+
+@pytest.mark.parametrize('family', ['ddpm', 'adm', 'text', 'autoencoder', 'clip', 'dit'])
+def test_both_sides_are_the_same_function(family, tiny, tmp_path):
+  needs_baseline()
+  from experiments.throughput import equal, torch_side
+  from experiments.throughput.worker import Job
+  case = tiny(family)
+  about = cases.net_of(case)
+  net = equal.module(about)
+  params = equal.random_params(equal.shapes(net, case))
+  assert equal.write(tmp_path, net, about, params)
+  ours = equal.call(net, case.work)(params, {k: jnp.asarray(a) for k, a in cases.inputs(case).items()})
+  theirs = torch_side.forward(Job(case, tmp_path, 'cpu', ''))
+  assert cases.difference(theirs.outputs, {'output': cases.shown(ours)}) < cases.TOLERANCE['cpu', 'float32']
+  assert cases.shapes_agree([leaf.size for leaf in jax.tree.leaves(params)], theirs.sizes)
+  wrong = jax.tree.map(lambda a: 1.01 * a, params)
+  other = equal.call(net, case.work)(wrong, {k: jnp.asarray(a) for k, a in cases.inputs(case).items()})
+  assert cases.difference(theirs.outputs, {'output': cases.shown(other)}) > cases.TOLERANCE['cpu', 'float32']
+
+
+def needs_baseline():
+  missing = [m for m in run.BASELINE_NEEDS if importlib.util.find_spec(m) is None]
   if missing:
     pytest.skip(f"{' and '.join(missing)} missing: install the parity extra")
-  import torch
 
-  from experiments.throughput import jax_side, torch_side
-  net = cases.NETS[name]
-  x = jnp.zeros((1, net.size, net.size, net.image_channels))
-  ours = jax.eval_shape(lambda: unet.UNet(**jax_side.network(net)).init(jax.random.key(0), x, jnp.zeros(1), {}))
-  with torch.device('meta'):
-    theirs = [p.numel() for p in torch_side.unet(net).parameters()]
-  assert cases.shapes_agree([leaf.size for leaf in jax.tree.leaves(ours)], theirs)
-  assert not cases.shapes_agree(theirs, [*theirs[1:], theirs[0] + 1])
+
+def test_networks_without_a_counterpart_are_not_written(tmp_path):
+  from experiments.throughput import equal
+  about = cases.NETS['edm2_xs']
+  assert not equal.write(tmp_path, equal.module(about), about, None) and not list(tmp_path.iterdir())
+
+
+def test_no_array_is_zero_and_all_depend_on_their_names_alone():
+  from experiments.throughput import equal
+  tree = {'a': {'kernel': jnp.zeros((3, 3, 16, 64)), 'bias': jnp.zeros(64)}, 'b': {'scale': jnp.zeros(64)}}
+  params = equal.random_params(tree)
+  assert all((np.abs(leaf) > 0).mean() > 0.99 for leaf in jax.tree.leaves(params))
+  assert params['a']['kernel'].var() == pytest.approx(1 / (3 * 3 * 16), rel=0.05)
+  assert (equal.random_params({'b': tree['b']})['b']['scale'] == params['b']['scale']).all()
 
 
 @pytest.fixture
@@ -136,22 +207,119 @@ def test_weights_depend_on_their_name_and_shape_alone():
   assert np.abs(arrays['a.bn.bias']).max() <= 0.3
 
 
-def ready(outputs):
-  return {'sizes': [6], 'outputs': outputs}
+def ready(outputs=None, **more):
+  return {'sizes': [6], 'outputs': outputs, 'compile_seconds': 0.5, 'setting': '', 'versions': {}, **more}
 
 
 def test_sides_whose_outputs_differ_are_not_timed():
   a = {'x': [1.0, -10.0], 'y': [100.0, 0.0]}
+  check = lambda *both: run.check_equal('case', ('torch', 'jax'), both, 1e-4)
   assert cases.difference(a, a) == 0
   near, far = {'x': [1.0001, -10.0], 'y': [100.0, 0.0]}, {'x': [1.01, -10.0], 'y': [100.0, 0.0]}
   assert cases.difference(a, near) == pytest.approx(1e-5)
   assert cases.difference(a, far) == pytest.approx(1e-3)
-  run.check_equal('case', ('torch', 'jax'), [ready(a), ready(near)])
-  run.check_equal('case', ('torch', 'jax'), [ready(None), ready(None)])
+  check(ready(a), ready(near))
+  check(ready(), ready())
   nan, short, other = {**a, 'y': [100.0, float('nan')]}, {**a, 'y': [100.0]}, {'x': a['x'], 'z': a['y']}
   for outputs in (far, nan, short, other):
     with pytest.raises(UserError, match='the outputs of torch and jax differ by'):
-      run.check_equal('case', ('torch', 'jax'), [ready(a), ready(outputs)])
+      check(ready(a), ready(outputs))
+  with pytest.raises(UserError, match='the two networks differ: torch has 6 parameters and jax 7'):
+    check(ready(), {**ready(), 'sizes': [7]})
+
+
+class FakeWorker:
+  """A side whose iterations take as many seconds as its name says, and which writes down what it is asked."""
+  log = None
+
+  def __init__(self, side, name, case, platform, folder):
+    self.side, self.case = side, case
+
+  def ask(self, do, **request):
+    self.log.append((self.side, do))
+    if do == 'warm_up':
+      if self.side == 'torch-plain':
+        raise run.WorkerDied('no such layout here')
+      return ready({'x': [1.0]}, flops=4e9 if self.side == 'jax' else None)
+    seconds = {'jax': 0.25, 'torch': 1.0, 'torch-compile': 0.5}[self.side]
+    return {'seconds': seconds, 'cpu_seconds': seconds, 'peak_bytes': 1}
+
+  def close(self):
+    self.log.append((self.side, 'close'))
+
+
+@pytest.fixture
+def asked(monkeypatch):
+  """What fake workers were asked, on a machine that is quiet."""
+  monkeypatch.setattr(FakeWorker, 'log', log := [])
+  monkeypatch.setattr(run, 'Worker', FakeWorker)
+  monkeypatch.setattr(run, 'Watch', lambda workers: SimpleNamespace(share=lambda: 0.0))
+  return log
+
+
+def test_a_case_is_judged_against_the_quickest_baseline_that_works_and_the_peak(asked, capsys):
+  limit = {'rates': {'float32': 32e9, 'copy': 1e10}, 'by': {'float32': 'jax', 'copy': 'jax'}, 'device': 'a GPU x1'}
+  found = run.measure('c', cases.Case('', 'forward', 8, '', cases.TORCH), 'gpu', limit, 4, False)
+  assert found['baseline'] == 'torch-compile' and found['ratio'] == 2.0 and found['device'] == 'a GPU x1'
+  assert list(found['sides']) == ['torch', 'torch-compile', 'jax'] and 'without torch-plain' in capsys.readouterr().out
+  assert found['sides']['jax']['peak_share'] == pytest.approx(0.5)
+  assert found['sides']['torch']['peak_share'] == pytest.approx(0.125)
+  assert found['sides']['jax']['items_per_second'] == pytest.approx(32)
+  assert asked[0] == ('jax', 'warm_up')  # it writes the weights of the others
+  measured = [side for side, do in asked if do == 'measure'][3:]  # after one of each that says how long they take
+  assert sorted(measured[:3]) == sorted(measured[3:6]) and len(measured) == 12
+  assert {measured[i] for i in range(0, 12, 3)} == set(found['sides'])  # all begin a round
+  assert {side for side, do in asked if do == 'close'} == set(cases.TORCH)
+  run.report(found)
+
+
+def test_a_case_without_a_counterpart_has_times_and_no_ratio(asked):
+  found = run.measure('c', cases.Case('', 'forward', 8, '', ('jax',)), 'cpu', None, 2, False)
+  assert found['ratio'] is None and found['baseline'] is None and found['verdict'] == 'no counterpart'
+  assert found['sides']['jax']['flops_per_second'] == pytest.approx(16e9)
+  assert found['sides']['jax']['peak_share'] is None
+  run.report(found)
+
+
+def test_no_verdict_while_others_use_the_machine(asked, monkeypatch):
+  monkeypatch.setattr(run, 'Watch', lambda workers: SimpleNamespace(share=lambda: 0.5))
+  found = run.measure('c', cases.Case('', 'forward', 8, ''), 'cpu', None, 3, False)
+  assert found['verdict'] == 'machine too busy for a verdict' and found['others'] == 0.5
+
+
+def test_what_others_take_of_the_machine():
+  stat = 'cpu  100 20 30 1000 50 1 2 7 0 0\ncpu0 1 1 1 1 1 1 1 1 0 0\n'
+  assert processes.busy_ticks(stat) == (160, 1210)
+  assert processes.own_ticks('12 (a ) b) S 1 1 1 0 -1 4194560 90 0 0 0 300 45 0 0 20 0 1 0') == 345
+  assert stats.others_share((100, 1000, 50), (300, 1400, 150)) == pytest.approx(0.25)
+  assert stats.others_share((100, 1000, 50), (110, 1400, 90)) == 0  # ticks are rounded
+  assert stats.quiet(0.05) and stats.quiet(None) and not stats.quiet(0.2)
+
+
+def test_slow_work_is_measured_less_often():
+  fast, slow, slower = (run.plan(seconds, None, False) for seconds in (0.01, 3.0, 100.0))
+  assert fast['refill'] and not slow['refill'] and fast['iterations'] > slow['iterations'] == 1
+  assert fast['rounds'] > slow['rounds'] > slower['rounds'] >= 5
+  assert run.plan(100.0, 3, False)['rounds'] == 3
+  assert run.plan(0.01, None, True)['rounds'] < fast['rounds']
+
+
+def test_a_limit_is_the_most_that_was_met():
+  answers = [[{'rates': {'float32': 1.0, 'copy': 5.0}}, {'rates': {'float32': 3.0, 'copy': 4.0}}],
+             [{'rates': {'float32': 2.0, 'copy': 6.0}}]]
+  found = processes.best_of(['jax', 'torch'], [{'device': ''}, {'device': 'a GPU x1'}], answers)
+  assert found == {'device': 'a GPU x1', 'rates': {'float32': 3.0, 'copy': 6.0}, 'by': {'float32': 'jax',
+                                                                                       'copy': 'torch'}}
+
+
+def test_warming_up_takes_less_of_what_takes_long(monkeypatch):
+  clock, calls = iter(range(0, 1000, 4)), []
+  monkeypatch.setattr(worker.time, 'perf_counter', lambda: next(clock))
+  worker.warm_up(calls.append)
+  assert calls == [1, 1]
+  monkeypatch.setattr(worker.time, 'perf_counter', lambda: 0.0)
+  worker.warm_up(calls.append)
+  assert len(calls) == 2 + worker.WARM_UP_ITERATIONS
 
 
 def test_the_baseline_is_the_inception_network(inception_shapes):

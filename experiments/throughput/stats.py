@@ -5,6 +5,7 @@ import numpy as np
 
 MAX_SPREAD = 0.15  # interquartile range over median above which no verdict is given
 RESAMPLES = 10_000
+MAX_OTHERS = 0.1  # of all cores that others may take meanwhile; spinning threads suffer from it more than others
 GOAL_PERCENT = 3.0  # of the overhead of data and records
 
 
@@ -59,6 +60,17 @@ def verdict(baseline: Sequence[float], ours: Sequence[float]) -> str:
     return 'too noisy for a verdict'
   low, high = interval(baseline, ours)
   return 'faster' if low > 1 else 'slower' if high < 1 else 'no difference'
+
+
+def others_share(before: Sequence[int], after: Sequence[int]) -> float:
+  """Of (ticks worked, all ticks, ticks worked by those who measure) at two times: what others took of all."""
+  worked, total, own = (b - a for a, b in zip(before, after, strict=True))
+  return max(worked - own, 0) / max(total, 1)
+
+
+def quiet(others: float | None) -> bool:
+  """Whether others left the machine to those who measure, so far as is known."""
+  return others is None or others <= MAX_OTHERS
 
 
 def share_percent(bare_over_loop: float) -> float:

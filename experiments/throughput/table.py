@@ -13,11 +13,20 @@ BEGIN, END = '<!-- table: begin (python -m experiments.throughput.table) -->', '
 
 
 def result(r: dict[str, Any]) -> str:
-  """'1.46x (1.41 to 1.52)', or the share of an overhead."""
+  """'1.46x (1.41 to 1.52)', or the share of an overhead, or 'alone'."""
+  if r['ratio'] is None:
+    return 'alone'
   low, high = r['interval']
   if r['share_percent'] is None:
     return f'{r["ratio"]:.2f}x ({low:.2f} to {high:.2f})'
   return f'{r["share_percent"]:.1f} % ({100 * (1 - high):.1f} to {100 * (1 - low):.1f})'
+
+
+def limits_line(limit: dict[str, Any]) -> str:
+  """'This machine: float32 products 198 GFLOP/s (torch), copies 11.3 GB/s (jax)'."""
+  shown = [f'{name} products {rate / 1e9:,.0f} GFLOP/s ({limit["by"][name]})' if name != 'copy' else
+           f'copies {rate / 1e9:,.1f} GB/s ({limit["by"][name]})' for name, rate in limit['rates'].items()]
+  return f'Limits, measured: {", ".join(shown)}'
 
 
 def newest(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -28,20 +37,28 @@ def newest(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def render(records: Iterable[dict[str, Any]]) -> str:
   """The newest records in Markdown, a table for each device."""
-  lines, device = [], None
-  for r in newest(records):
-    if r['device'] != device:
-      device = r['device']
-      lines += [''] * bool(lines) + [
-          device, '', '| case | baseline ms | ours ms | result (95 % interval) | verdict | CPU ms, baseline / ours | '
-                      'compile s | peak MiB, baseline / ours |', '|---|---|---|---|---|---|---|---|']
-    a, b = r['sides'].values()
-    cpu = ' / '.join(f'{s["cpu_ms"]:.0f}' if s['cpu_ms'] is not None else '-' for s in (a, b))
-    peak = ' / '.join(f'{s["peak_bytes"] / 2 ** 20:.0f}' for s in (a, b))
-    cells = [r['about'], f'{a["median_ms"]:.1f}', f'{b["median_ms"]:.1f}', result(r), r['verdict'], cpu,
-             f'{max(a["compile_seconds"], b["compile_seconds"]):.1f}', peak]
-    lines.append(f'| {" | ".join(cells)} |')
+  lines, chosen = [], newest(records)
+  for device in dict.fromkeys(r['device'] for r in chosen):
+    own = [r for r in chosen if r['device'] == device]
+    limit = max((r for r in own if r.get('limits')), key=lambda r: r['time'], default={}).get('limits')
+    lines += [''] * bool(lines) + [device, ''] + ([limits_line(limit), ''] if limit else []) + [
+        '| case | baseline ms | ours ms | result (95 % interval) | verdict | CPU ms, baseline / ours | '
+        '% of the product peak, baseline / ours | compile s | peak MiB, baseline / ours |', f'|{"---|" * 9}']
+    lines += [row(r) for r in own]
   return '\n'.join(lines) + '\n'
+
+
+def row(r: dict[str, Any]) -> str:
+  """A record as a row; its baseline is the quickest of several."""
+  *others, ours = r['sides']
+  pair = [r['sides'].get(r.get('baseline') or next(iter(others), None)), r['sides'][ours]]
+  # Records from before shares and several baselines lack their keys.
+  cell = lambda s, key, scale=1.0, digits=0: '-' if s is None or s.get(key) is None else f'{s[key] * scale:.{digits}f}'
+  both = lambda key, scale=1.0: ' / '.join(cell(s, key, scale) for s in pair)
+  compiled = max(s['compile_seconds'] for s in pair if s)
+  cells = [r['about'], cell(pair[0], 'median_ms', 1, 1), cell(pair[1], 'median_ms', 1, 1), result(r), r['verdict'],
+           both('cpu_ms'), both('peak_share', 100), f'{compiled:.1f}', both('peak_bytes', 2 ** -20)]
+  return f'| {" | ".join(cells)} |'
 
 
 def insert(text: str, table: str) -> str:
