@@ -104,6 +104,11 @@ def test_hidden_shares_are_uniform_and_their_places_cover_the_image():
   assert abs(weight.mean() - 1 / 2) < 5 / np.sqrt(12 * 400) and abs(weight.std() - 12 ** -0.5) < 0.03
 
 
+def test_a_box_is_anywhere_as_likely():
+  hidden = 1 - np.asarray(run(givens.masked(0.25, 0.25), KEY, np.ones((400, 4, 1), np.float32))[..., 0])
+  np.testing.assert_allclose(hidden.mean(0), 1 / 4, atol=5 * np.sqrt(3 / 16 / 400))
+
+
 @pytest.mark.parametrize('share', [0.0, 1.0])
 def test_nothing_or_all_may_be_hidden(share):
   out = run(givens.masked(share, share), KEY, np.ones((3, 5, 4, 1), np.float32))
