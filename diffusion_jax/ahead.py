@@ -11,12 +11,12 @@ from jax.sharding import Mesh
 from diffusion_jax import model as model_lib
 from diffusion_jax import step as step_lib
 from diffusion_jax.batches import open_source
+from diffusion_jax.generator import Generator
 from diffusion_jax.model import Model
 from diffusion_jax.programs import Collective, collectives, flops
 from diffusion_jax.runtime import log, memory, sharding
 from diffusion_jax.runtime.config import Config, UserError, explain
 from diffusion_jax.runtime.state import num_parameters
-from diffusion_jax.sample import Generator
 from diffusion_jax.step import Metrics
 from diffusion_jax.topology import as_if_on, explained
 

@@ -15,6 +15,7 @@ COMMANDS = {
     'compare': 'prints the scores of runs side by side, if they are alike',
     'diff': 'prints what differs between two runs',
     'sweep': 'runs the points of a sweep file anywhere, and says how far they are',
+    'convert': 'brings weights from diffusers, and takes them there',
     'posthoc_ema': 'makes an average of any length from the snapshots of a run',
 }
 
@@ -34,7 +35,7 @@ def main() -> int:
     print(f'error: there is no command {name!r}' + (f'; did you mean {match[0]!r}?' if match else
                                                     f', only {", ".join(COMMANDS)}'), file=sys.stderr)
     return 2
-  module = importlib.import_module(f'diffusion_jax.{name}')
+  module = importlib.import_module(f'diffusion_jax.{name}' + ('.__main__' if name == 'convert' else ''))
   if name in ('report', 'compare', 'diff', 'sweep'):  # they need no jax, and stand alone
     return module.main(rest)
   from diffusion_jax.runtime import command

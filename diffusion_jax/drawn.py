@@ -9,10 +9,10 @@ from collections.abc import Iterator
 import jax
 import numpy as np
 
+from diffusion_jax.generator import Generator, labels_of
 from diffusion_jax.metrics.features import Extractor
 from diffusion_jax.pictures import npz
 from diffusion_jax.runtime import distributed, log
-from diffusion_jax.sample import Generator, labels_of
 from diffusion_jax.trained import Trained
 
 DAMAGED = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error)  # of a file that is not whole

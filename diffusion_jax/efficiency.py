@@ -6,10 +6,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from diffusion_jax.generator import Generator, labels_of
 from diffusion_jax.model import Model
 from diffusion_jax.runtime import sharding
 from diffusion_jax.runtime.config import Config
-from diffusion_jax.sample import Generator, labels_of
 from diffusion_jax.trained import Trained
 
 LATENCY_ROUNDS = 3

@@ -23,13 +23,14 @@ import numpy as np
 from diffusion_jax import audit, efficiency, encode
 from diffusion_jax.data import sources
 from diffusion_jax.drawn import Samples
+from diffusion_jax.generator import Generator, labels_of
 from diffusion_jax.metrics import features, intervals, scores
 from diffusion_jax.model import open_data
 from diffusion_jax.runtime import command, distributed, log, paths
 from diffusion_jax.runtime.checkpoint import Checkpoints
 from diffusion_jax.runtime.config import Config, UserError, explain, from_json, nearest
 from diffusion_jax.runtime.state import digest
-from diffusion_jax.sample import GUIDANCE, Generator, add_flags, describe, labels_of, open_run, parse_numbers
+from diffusion_jax.sample import GUIDANCE, add_flags, describe, open_run, parse_numbers
 from diffusion_jax.score import FEATURES, Against, given, kinds_of, score, show
 
 LOWER_IS_BETTER = ('f', 'sf', 'kid')  # how the names begin whose minimum over seeds is worth a line

@@ -1,4 +1,6 @@
 """From a config to the parts that train, sample and evaluate share."""
+import functools
+import pathlib
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -9,153 +11,18 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from diffusion_jax.core import diffusion, ema, levels, losses, samplers, schedules, targets
+from diffusion_jax.convert import tokenizer
+from diffusion_jax.core import diffusion, givens, levels, losses, schedules, targets
 from diffusion_jax.core.diffusion import Diffusion
 from diffusion_jax.core.types import Array, Denoise
-from diffusion_jax.data import sources
-from diffusion_jax.nets import codecs, encoders, unet
+from diffusion_jax.nets import codecs, encoders, lora
 from diffusion_jax.runtime import optim, sharding
 from diffusion_jax.runtime.checkpoint import abstract_with
-from diffusion_jax.runtime.config import Config, UserError, build, explain, flatten, nearest, spec
+from diffusion_jax.runtime.config import Config, UserError, build, explain
 from diffusion_jax.runtime.state import TrainState
+from diffusion_jax.settings import check, default_config, open_data  # noqa: F401  a model's users look for them here
 
-
-def default_config() -> Config:
-  """Every key that a config has, at DDPM's values for CIFAR-10 where the paper gives one. Durations count images."""
-  return Config({
-      'seed': 0,
-      'data': {
-          'source': 'digits',     # digits, folder:PATH, zip:PATH, npz:PATH, tfds:NAME, synthetic:HxWxC
-          'split': 'train',
-          'size': 0,              # images are resized and cropped to size x size; 0: they have one size already
-          'channels': 3,
-          'flip': False,          # mirror each image left to right with probability 1/2
-          'augment': 0.0,         # probability of each of EDM's augmentations, which the net is told of; 0: none
-          'data_dir': '',         # where TFDS keeps its data; '': its default
-          'manual_dir': '',       # where archives that you fetched lie
-          'max_bad': 10,          # unreadable images that are skipped before it is an error
-          'resident_gib': 1.0,    # data up to this size stays on the device; larger data is streamed
-          'workers': 0,           # processes that decode streamed data; 0: threads
-      },
-      'codec': spec(codecs.pixels),  # what the net sees of an image
-      'text': spec(encoders.none),  # what reads captions, for nets that are conditioned on text
-      'process': spec(schedules.linear),
-      'target': spec(targets.eps),
-      'noise': spec(diffusion.timestep),  # the scalar by which the net knows the level
-      'draw': spec(levels.uniform),
-      'weight': spec(losses.simple),
-      'net': spec(unet.UNet),
-      'lora': {'rank': 0, 'pattern': '', 'scale': 1.0},  # with a rank, adapters are trained in the net's place
-      'start': '',                # the run folder whose parameters training starts from; '': random ones
-      'label_dropout': 0.1,       # share of labels and texts replaced by none, for guidance
-      'optimizer': spec(optax.adam),
-      'learning_rate': {'peak': 2e-4, 'warmup_images': 640_000, 'decay': 'constant'},
-      'clip_norm': 1.0,
-      'ema': {'main': spec(ema.constant)},
-      'train': {
-          'images': 102_400_000,
-          'batch_size': 128,
-          'accumulate': 1,        # microbatches per step
-          'remat': 'none',        # what the backward pass computes again: none, or all but products (norms, ...)
-          'reduce': 'float32',    # the type in which devices sum a bfloat16 net's gradients; bfloat16: half the bytes
-          'moments': 'float32',   # the type of the optimizer's arrays; bfloat16, rounded at random: half the memory
-          'ema_on_host': False,   # averages lie in the host's memory and pass through the device one by one
-          'steps_per_call': 1,    # steps per dispatch: worth more than 1 on TPU and GPU
-          'log_every': 128_000,
-          'sample_every': 6_400_000,
-          'checkpoint_every': 6_400_000,
-          'keep': 2,              # checkpoints kept
-          'snapshot_every': 1_280_000,  # snapshots of averages that are power functions, for posthoc_ema
-      },
-      'mesh': {'data': -1, 'fsdp': 1, 'tensor': 1, 'context': 1},
-      'sharding': '',             # 'REGEX=AXES; ...': where parameters lie, before the rules of runtime/sharding.py
-      'sample': {
-          'sampler': spec(samplers.ddim),
-          'grid': spec(levels.trailing),
-          'steps': 50,
-          'guidance': 1.0,        # scale of classifier-free guidance; 1: none
-          'guidance_low': 0.0,    # guidance only where sigma / alpha is above this
-          'guidance_high': 0.0,   # and at most this; 0: no limit
-          'guidance_rescale': 0.0,  # share of the guided estimates' spread brought back to the conditional ones'
-          'clip': True,           # keep x0 estimates within [-1, 1]
-          'threshold': 0.0,       # percentile, such as 0.995, of dynamic thresholding before that; 0: none
-          'batch_size': 64,
-      },
-      'eval': {
-          'num_samples': 50_000,
-          'features': 'pixels',   # or of a network: digits, cifar, inception, dinov2:FILE
-          'split': 'train',       # the reference
-          'held_out': 'test',     # scored against the reference as the floor; '': none
-      },
-  })
-
-
-def open_data(data: Config, split: str) -> sources.Source:
-  """A split of the data of a config (config.data); raises as `sources.load` does."""
-  return sources.load(data.source, split, size=data.size, channels=data.channels, data_dir=data.data_dir,
-                      manual_dir=data.manual_dir, max_bad=data.max_bad)
-
-
-def check(config: Config) -> None:
-  """Raises UserError if a key is missing, unknown or out of range."""
-  template = default_config()
-  _check_keys(config, template, flatten(template))
-  flat = flatten(config)
-  for low, keys in AT_LEAST.items():
-    for key in keys:
-      if not flat[key] >= low:
-        raise UserError(f'config.{key} must be at least {low}, got {flat[key]}')
-  if not 0 <= config.label_dropout <= 1:
-    raise UserError(f'config.label_dropout must lie in [0, 1], got {config.label_dropout}')
-  if config.train.batch_size % config.train.accumulate:
-    raise UserError(f'config.train.accumulate must divide the batch size: batch size {config.train.batch_size}, '
-                    f'accumulate {config.train.accumulate}')
-  if not 0 <= config.data.augment <= 1:
-    raise UserError(f'config.data.augment must lie in [0, 1], got {config.data.augment}')
-  for key, names in CHOICES.items():
-    if flat[key] not in names:
-      raise UserError(f'config.{key} must be {" or ".join(names)}, got {flat[key]!r}')
-  if config.train.reduce != 'float32' and config.net.get('dtype', 'float32') == 'float32':
-    raise UserError(f'config.train.reduce is {config.train.reduce}, but the gradients of a net with '
-                    f'{"dtype float32" if "dtype" in config.net else "no dtype"} are float32: set '
-                    f'config.net.dtype=bfloat16 as well, or leave config.train.reduce=float32')
-  with explain('config.sharding'):
-    sharding.parse_rules(config.sharding)
-  for key, names in (('draw', levels.DRAWS), ('sample.grid', levels.GRIDS)):
-    module, _, name = flat[f'{key}.fn'].partition(':')
-    if module == levels.__name__ and name not in names:
-      raise UserError(f'config.{key} cannot be {name!r}: there is {", ".join(names)}')
-  if not config.ema or 'raw' in config.ema:
-    raise UserError("config.ema must name at least one average, such as 'main'; 'raw' stands for no average")
-
-
-AT_LEAST = {
-    1: ['data.channels', 'train.images', 'train.batch_size', 'train.accumulate', 'train.steps_per_call',
-        'train.log_every', 'train.sample_every', 'train.checkpoint_every', 'train.snapshot_every', 'train.keep',
-        'sample.steps', 'sample.batch_size', 'eval.num_samples'],
-    0: ['seed', 'lora.rank', 'data.size', 'data.max_bad', 'data.resident_gib', 'data.workers', 'sample.guidance_low',
-        'sample.guidance_high', 'sample.threshold'],
-}
-CHOICES = {'train.remat': ('none', 'products'), 'train.reduce': ('float32', 'bfloat16'),
-           'train.moments': ('float32', 'bfloat16')}
-
-
-def _check_keys(config: Config, template: Config, known: Any, prefix: str = '') -> None:
-  """The same keys at every depth, down to specs, whose keys `build` checks; the names under ema are free."""
-  for key in {**config, **template}:
-    name = prefix + key
-    if key not in template:
-      raise UserError(f'config has no key {name!r}{nearest(name, known)}')
-    if key not in config:
-      raise UserError(f'config lacks {name!r}: begin with diffusion_jax.model.default_config()')
-    if not isinstance(config[key], (float, int) if isinstance(template[key], float) else type(template[key])):
-      raise UserError(f'config.{name} must be like {template[key]!r}, got {config[key]!r}'.replace('\n', ' '))
-    if isinstance(template[key], Config):
-      specs = [config[key]] if 'fn' in template[key] else config[key].values() if key == 'ema' else []
-      if any(not isinstance(spec, Config) or 'fn' not in spec for spec in specs):
-        raise UserError(f'config.{name} must be made with spec(function, ...)')
-      if not specs:
-        _check_keys(config[key], template[key], known, f'{name}.')
+TOKENIZER = 'tokenizer'  # the folder of a tokenizer's files in a run folder
 
 
 class Model(NamedTuple):
@@ -172,7 +39,7 @@ class Model(NamedTuple):
   text: encoders.Encoder | None = None
   captions: tuple[str, ...] = ()  # of a model of text: its data's, by label
   tokenise: Callable[[Sequence[str]], np.ndarray] | None = None
-  null: np.ndarray | None = None  # the tokens of no text
+  given: givens.Given | None = None
 
   def init(self, key: Array) -> dict[str, Any]:
     """All parameters: 'net' and 'process', and 'weight', 'text', 'codec' and 'lora' where the config has them."""
@@ -185,19 +52,18 @@ class Model(NamedTuple):
     cond = self.cond(parts, example)
     parts['net'] = self.net.init(net_key, jnp.zeros((1, *self.shape)), jnp.zeros(1), cond)['params']
     if (adapters := self.config.lora).rank:
-      from diffusion_jax.nets import lora
       parts['lora'] = lora.init(jax.random.fold_in(key, 5), parts['net'], adapters.rank, adapters.pattern)
     return {name: part for name, part in parts.items() if part or name in ('net', 'process')}
 
   def is_frozen(self, name: str) -> bool:
     """Whether the parameters of that name are used and not trained."""
-    return {'codec': True, 'net': self.config.lora.rank > 0, 'text': self.text and not self.text.trained}.get(name, False)
+    frozen = {'codec': True, 'net': self.config.lora.rank > 0, 'text': self.text and not self.text.trained}
+    return bool(frozen.get(name))
 
   def whole(self, params: Mapping[str, Any], frozen: Mapping[str, Any] | tuple = ()) -> dict[str, Any]:
     """All parameters that the model runs with: those trained and those frozen, adapters merged into the net's."""
     parts = {**dict(frozen), **params}
     if adapters := parts.pop('lora', None):
-      from diffusion_jax.nets import lora
       parts['net'] = lora.merge(parts['net'], adapters, self.config.lora.scale)
     return parts
 
@@ -208,7 +74,10 @@ class Model(NamedTuple):
   def about_shapes(self, size: int) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes and types of what is known of `size` examples while sampling."""
     shape = jax.ShapeDtypeStruct
-    return self.about(shape((size, self.text.length) if self.text else (size,), jnp.int32))
+    about = self.about(shape((size, self.text.length) if self.text else (size,), jnp.int32))
+    if self.given:
+      about['image'] = shape((size, *self.shape[:-1], self.given.channels(self.shape[-1])), jnp.float32)
+    return about
 
   def labels(self, chosen: Sequence[int] | Sequence[str]) -> np.ndarray:
     """What `about` takes, of labels by number, or of texts: int32 [B], or tokens [B, L] for a model of text.
@@ -228,7 +97,7 @@ class Model(NamedTuple):
     cond = {name: value for name, value in about.items() if name not in ('label', 'tokens')}
     if self.text:
       tokens = about['tokens']
-      tokens = tokens if drop is None else jnp.where(drop[:, None], self.null, tokens)
+      tokens = tokens if drop is None else jnp.where(drop[:, None], self.tokenise(['']), tokens)
       cond |= self.text(params['text'], tokens)
     elif self.num_classes:
       cond['label'] = about['label']
@@ -240,26 +109,41 @@ class Model(NamedTuple):
     return diffusion.denoiser(net, self.diffusion, params['process'])
 
 
-def make(config: Config, shape: tuple[int, ...], num_classes: int, captions: Sequence[str] = ()) -> Model:
+def make(config: Config, shape: tuple[int, ...], num_classes: int, captions: Sequence[str] = (),
+         folder: pathlib.Path | None = None) -> Model:
   """The model of a config for images of `shape` (*S, C) with `num_classes` labels; UserError if they do not fit.
 
-  captions: the text of each label, which a model of text reads in the label's place.
+  captions: the text of each label, which a model of text reads in the label's place; folder: its run's, if it has one.
   """
-  net, codec, text = build(config.net), build(config.codec), build(config.text)
+  net, codec, text, given = (build(config[part]) for part in ('net', 'codec', 'text', 'given'))
   wanted = getattr(net, 'num_classes', 0)
   if wanted and wanted != num_classes:
     raise UserError(f'config.net.num_classes is {wanted}, but the data has {num_classes} classes: set it to '
                     f'{num_classes}' + (', or to 0 to ignore the labels' if num_classes else ''))
   with explain('config.codec'):
     latent = codec.latent(shape)
-  tokenise = text.tokenise if text else None
+  tokenise = text and (text.tokenise or functools.partial(_tokenise, config, folder, text.length))
   model = Model(config, net, Diffusion(build(config.process), build(config.target), build(config.noise)),
                 codec, tuple(latent), tuple(shape), len(captions) if text else wanted, build(config.draw),
-                build(config.weight), text, tuple(captions) if text else (), tokenise)
+                build(config.weight), text, tuple(captions) if text else (), tokenise,
+                given if given.takes else None)
   with explain('config.net'):
     out = jax.eval_shape(lambda key: _denoised(model, model.whole(model.init(key))), jax.random.key(0))
   _check_fits(model, has_variance=out[1] is not None)
   return model
+
+
+def _tokenise(config: Config, folder: pathlib.Path | None, length: int, prompts: Sequence[str]) -> np.ndarray:
+  """Tokens by the files of CLIP's tokenizer, which a run keeps a copy of."""
+  own = folder / TOKENIZER if folder else None
+  place = own if own and own.exists() else config.text.tokenizer
+  if not place:
+    raise UserError('prompts need the files of a tokenizer: give a folder that has vocab.json and merges.txt by '
+                    '--config.text.tokenizer')
+  return _read_tokenizer(pathlib.Path(place))(prompts, length)
+
+
+_read_tokenizer = functools.cache(tokenizer.read)
 
 
 def _denoised(model: Model, params: Mapping[str, Any]) -> tuple:
@@ -271,6 +155,13 @@ def _denoised(model: Model, params: Mapping[str, Any]) -> tuple:
 def _check_fits(model: Model, has_variance: bool) -> None:
   """Raises UserError for parts of a config that cannot work together, each of them right by itself."""
   config, process, weight = model.config, model.diffusion.process, model.weight
+  wanted = model.given.channels(model.shape[-1]) if model.given else 0
+  for key, found, needed, what in [('image', getattr(model.net, 'image', 0), wanted, 'config.given'),
+                                   ('augment', getattr(model.net, 'augment', 0), 9, 'config.data.augment')]:
+    if found != needed and (key == 'image' or config.data.augment):
+      raise UserError(f'config.net.{key} is {found}, and {what} gives the net {needed} channels: set it to {needed}')
+  if model.given and model.shape != model.image_shape:
+    raise UserError('config.given is of images, and the net sees latents: take the codec pixels, or given none')
   name = lambda part: part.fn.partition(':')[2]
   start = process.init(jax.random.key(0))
   if jax.tree.leaves(start) and not weight.ends:

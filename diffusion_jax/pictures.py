@@ -8,7 +8,7 @@ from PIL import Image
 
 from diffusion_jax.model import Model
 from diffusion_jax.runtime import log
-from diffusion_jax.runtime.config import UserError
+from diffusion_jax.runtime.config import UserError, explain
 
 STRIP_IMAGES, STRIP_LEVELS, GIF_FRAMES = 8, 12, 60
 LINE = 96  # the grey between two images
@@ -58,3 +58,38 @@ def write_trajectory(folder: pathlib.Path, x: np.ndarray, x0: np.ndarray) -> Non
   durations = [80] * (len(frames) - 1) + [2000]
   frames[0].save(buffer, 'GIF', save_all=True, append_images=frames[1:], duration=durations, loop=0)
   log.write(folder / 'trajectory.gif', buffer.getvalue())
+
+
+def given_picture(model: Model, image: str | None, mask: str | None) -> np.ndarray | None:
+  """What the model is given of a picture in a file, [1, *S, c]; None for a model that is given none.
+
+  Raises UserError if the files are not those that config.given takes, or cannot be read, or have other sizes.
+  """
+  files = {'--image': image, '--mask': mask}
+  wanted = {'--mask' if name == 'mask' else '--image' for name in (model.given.takes if model.given else ())}
+  for flag, file in files.items():
+    if bool(file) != (flag in wanted):
+      raise UserError(f'{flag} is ' + ('needed: this model draws the rest of a picture' if flag in wanted else
+                                       f'for a model that is given it, and config.given of this one is '
+                                       f'{model.config.given.fn.partition(":")[2]}'))
+  if not model.given:
+    return None
+  pictures = {'mask' if flag == '--mask' else 'image': _read(flag, file, flag == '--mask' or model.shape[-1] == 1)
+              for flag, file in files.items() if file}
+  with explain('--image'):
+    found = model.given.of(2 * pictures['image'] - 1, *([pictures['mask']] if 'mask' in pictures else []))
+    wanted_shape = model.about_shapes(1)['image'].shape
+    if found.shape != wanted_shape:
+      raise ValueError(f'it makes {found.shape[1:-1]} of the picture, and the model draws {wanted_shape[1:-1]}: give a '
+                       f'picture of the size that was trained with')
+  return np.asarray(found)
+
+
+def _read(flag: str, file: str, grey: bool) -> np.ndarray:
+  """A picture as float32 [1, H, W, C] in [0, 1]."""
+  try:
+    with Image.open(file) as picture:
+      array = np.asarray(picture.convert('L' if grey else 'RGB'), np.float32) / 255
+  except OSError as e:
+    raise UserError(f'{flag}={file} cannot be read as a picture: {e}') from e
+  return (array[..., None] if array.ndim == 2 else array)[None]

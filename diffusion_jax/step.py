@@ -93,6 +93,8 @@ def make_step(model: Model, optimizer: optax.GradientTransformation, where: Trai
     frozen = dict(state.frozen)
     x0 = spread(model.codec.encode(frozen.get('codec', {}), pixels, jax.random.fold_in(key, 6)))
     eps = jax.random.normal(eps_key, x0.shape)
+    if model.given:
+      about['image'] = model.given(jax.random.fold_in(key, 7), x0)
     drop = jax.random.bernoulli(drop_key, config.label_dropout, (size,))
 
     def loss_of(trained, i):

@@ -13,8 +13,9 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent import futures
+from typing import Any
 
 import jax
 import numpy as np
@@ -23,6 +24,7 @@ from clu import profiler
 from tqdm import tqdm
 
 from diffusion_jax import model as model_lib
+from diffusion_jax import start
 from diffusion_jax.ahead import dry_run
 from diffusion_jax.batches import Batches, open_source
 from diffusion_jax.data import sources
@@ -105,22 +107,24 @@ def train(config: Config, workdir: pathlib.Path, allow_changes: bool = False, pr
   with explain('config'):
     mesh = sharding.make_mesh(**config.mesh)
     sharding.check_divides(mesh, config.train.batch_size // config.train.accumulate, 'train.batch_size / accumulate')
-  model = model_lib.make(config, source.shape, source.num_classes, source.class_names)
+  model = model_lib.make(config, source.shape, source.num_classes, source.class_names, workdir)
   optimizer = model_lib.optimizer_of(config)
-  previews = Previews(model, mesh, workdir)
+  previews = Previews(model, mesh, workdir, source)
   abstract = model_lib.abstract_state(model, mesh)
   make_step(model, optimizer, jax.tree.map(lambda a: a.sharding, abstract))  # builds the draw, the weight, the averages
+  parts = {} if (workdir / 'config.json').exists() else start.load(model, abstract)
   with contextlib.ExitStack() as held:
     distributed.first(lambda: held.enter_context(lock.owned(workdir)))
     distributed.first(lambda: claim(workdir, config, allow_changes))
-    return fit(model, optimizer, abstract, source, workdir, previews, held, profile)
+    return fit(model, optimizer, abstract, source, workdir, previews, held, profile, parts)
 
 
 def fit(model: Model, optimizer: optax.GradientTransformation, abstract: TrainState, source: sources.Source,
-        workdir: pathlib.Path, previews: Previews, held: contextlib.ExitStack, profile: bool) -> int:
+        workdir: pathlib.Path, previews: Previews, held: contextlib.ExitStack, profile: bool,
+        parts: Mapping[str, Any]) -> int:
   """The one training loop: restores or initialises, then step after step to the end or to an interrupt.
 
-  What has to be closed, however it ends, is given to `held`.
+  What has to be closed, however it ends, is given to `held`. parts: what does not start at random, see start.load.
   """
   config, mesh, schedule = model.config, abstract.step.sharding.mesh, Schedule.of(model.config.train)
   done_path, writer = workdir / 'done.json', distributed.is_writer()
@@ -135,6 +139,8 @@ def fit(model: Model, optimizer: optax.GradientTransformation, abstract: TrainSt
       return 0
   else:
     state, meta = initialise(model, optimizer, abstract), {'step': 0, 'seconds': 0.0}
+    if parts := parts or start.load(model, abstract):
+      state = start.place(state, parts)
   if writer:
     done_path.unlink(missing_ok=True)
     write_about(workdir, model, source, num_parameters(abstract.params))

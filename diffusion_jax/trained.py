@@ -25,6 +25,7 @@ class Trained(NamedTuple):
   images: int
   ema: str
   class_names: tuple[str, ...]
+  adapters: Any = None  # those of a run that trains adapters; `params` has them merged
 
 
 def restore(workdir: pathlib.Path, ema_name: str, step: int | None,
@@ -45,7 +46,7 @@ def restore(workdir: pathlib.Path, ema_name: str, step: int | None,
   config.train.ema_on_host = False  # this is no training
   about = json.loads((workdir / 'data.json').read_text())
   class_names = tuple(about['class_names'])
-  model = model_lib.make(config, about['shape'], about['num_classes'], class_names)
+  model = model_lib.make(config, about['shape'], about['num_classes'], class_names, workdir)
   mesh = sharding.make_mesh()
   abstract = model_lib.abstract_state(model, mesh)
   if not ema_name and step is None and (workdir / WEIGHTS).exists():
@@ -58,11 +59,13 @@ def restore(workdir: pathlib.Path, ema_name: str, step: int | None,
     else:
       frozen = _checkpoint(workdir, abstract, None)[0].frozen if abstract.frozen else ()
       whole = {**dict(frozen), **snapshots.load(file, abstract.params)}
-    return Trained(model, mesh, model.whole(whole), images // config.train.batch_size, images, name, class_names)
+    return Trained(model, mesh, model.whole(whole), images // config.train.batch_size, images, name, class_names,
+                   whole.get('lora'))
   state, meta = _checkpoint(workdir, abstract, step)
   name = ema_name or next(iter(config.ema))
-  params = model.whole(state.params if name == 'raw' else state.emas[name], state.frozen)
-  return Trained(model, mesh, params, meta['step'], meta['images'], name, class_names)
+  chosen = state.params if name == 'raw' else state.emas[name]
+  params = model.whole(chosen, state.frozen)
+  return Trained(model, mesh, params, meta['step'], meta['images'], name, class_names, chosen.get('lora'))
 
 
 def _checkpoint(workdir, abstract, step):

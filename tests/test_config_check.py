@@ -7,7 +7,7 @@ import pytest
 from conftest import ROOT, through_json
 
 from diffusion_jax import model as model_lib
-from diffusion_jax import train
+from diffusion_jax import settings, train
 from diffusion_jax.core import ema
 from diffusion_jax.runtime import command
 from diffusion_jax.runtime import config as config_lib
@@ -25,9 +25,9 @@ def test_the_default_config_passes_its_check_and_is_json(tmp_path):
   model_lib.check(through_json(config, tmp_path))
 
 
-@pytest.mark.parametrize('low', model_lib.AT_LEAST)
+@pytest.mark.parametrize('low', settings.AT_LEAST)
 def test_every_bound_is_kept(low):
-  for key in model_lib.AT_LEAST[low]:
+  for key in settings.AT_LEAST[low]:
     config = model_lib.default_config()
     config_lib.override(config, {key: str(low)})
     model_lib.check(config)

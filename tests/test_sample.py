@@ -8,6 +8,7 @@ import pytest
 from conftest import tiny_config
 from PIL import Image
 
+from diffusion_jax import generator as generator_lib
 from diffusion_jax import model as model_lib
 from diffusion_jax import sample
 from diffusion_jax.core import schedules
@@ -72,7 +73,7 @@ def test_guidance_is_off_at_one_and_acts_above(model, params):
       (labels,), (labels, np.ones(4, bool)), (np.full(4, 7),)))
   for ref in (null, seven):
     at = lambda scale, clip=False, ref=ref: np.asarray(
-        sample.guided(cond, ref, Config({**model.config.sample, 'guidance': scale, 'clip': clip}))(x, level))
+        generator_lib.guided(cond, ref, Config({**model.config.sample, 'guidance': scale, 'clip': clip}))(x, level))
     np.testing.assert_allclose(at(1.0), cond(x, level), rtol=1e-5)
     np.testing.assert_allclose(at(0.0), ref(x, level), rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(at(3.0) - at(0.0), 3 * (at(1.0) - at(0.0)), rtol=1e-2, atol=1e-2)
@@ -103,7 +104,7 @@ def test_guidance_within_an_interval_is_counted_where_it_acts(model, sampler, ca
 def test_settings_of_guidance_reach_the_denoiser():
   cond, ref, x = (lambda x, level: x / 2), (lambda x, level: x / 4 + 0.1), np.linspace(-1, 1, 16).reshape(1, 4, 4, 1)
   neutral = dict.fromkeys(('guidance_low', 'guidance_high', 'guidance_rescale', 'threshold'), 0.0)
-  at = lambda **more: np.asarray(sample.guided(cond, ref, Config({'guidance': 5.0, 'clip': False} | neutral | more))(
+  at = lambda **more: np.asarray(generator_lib.guided(cond, ref, Config({'guidance': 5.0, 'clip': False} | neutral | more))(
       x, schedules.vp.level(np.float32(0.0))))  # sigma / alpha is 1
   plain = 5 * cond(x, None) - 4 * ref(x, None)
   np.testing.assert_allclose(at(), plain, atol=1e-6)

@@ -30,7 +30,7 @@ ALLOWED = ['diffusion_jax.core', 'diffusion_jax.nets', 'optax']
 ADDED = {'mesh.tensor': 1, 'mesh.context': 1, 'sharding': '', 'train.reduce': 'float32', 'train.remat': 'none',
          'train.moments': 'float32', 'train.ema_on_host': False, 'data.augment': 0.0, 'start': '',
          'lora': {'rank': 0, 'pattern': '', 'scale': 1.0}, 'codec': {'fn': 'diffusion_jax.nets.codecs:pixels'},
-         'text': {'fn': 'diffusion_jax.nets.encoders:none'}}
+         'text': {'fn': 'diffusion_jax.nets.encoders:none'}, 'given': {'fn': 'diffusion_jax.core.givens:none'}}
 Config = ml_collections.ConfigDict
 GROUPS = (Mapping, Config)  # a ConfigDict is not a Mapping
 
