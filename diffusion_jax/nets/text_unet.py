@@ -75,11 +75,19 @@ class TextUNet(UNet):
 
   @nn.nowrap
   def halve(self, h, inputs, block, level):
-    # Padded by one on both sides, unlike DDPM. Conv pads behind alone: here it gives an output too many.
-    space = h.shape[1:-1]
-    h = jnp.pad(h, [(0, 0), *[(1, 1)] * len(space), (0, 0)])
-    h = Conv(h.shape[-1], stride=2, dtype=self.dtype, name=f'down_{level}_downsample')(h)
-    return h[(slice(None), *(slice(n // 2) for n in space))], inputs
+    return halved(h, h.shape[-1], self.dtype, f'down_{level}_downsample'), inputs
+
+
+def halved(x: Array, features: int, dtype: str, name: str) -> Array:
+  """A convolution of stride 2 padded by one on both sides, unlike DDPM's: x [B, *S, C] -> [B, *S // 2, features].
+
+  S must be even. To be called where submodules may be made.
+  """
+  # Conv pads behind alone: here it gives an output too many.
+  space = x.shape[1:-1]
+  x = jnp.pad(x, [(0, 0), *[(1, 1)] * len(space), (0, 0)])
+  x = Conv(features, stride=2, dtype=dtype, name=name)(x)
+  return x[(slice(None), *(slice(n // 2) for n in space))]
 
 
 class Transformer(nn.Module):

@@ -30,6 +30,9 @@ class UNet(nn.Module):
   cond['image'] [B, *S, image], which the first convolution sees too; remat: 'none', or 'blocks' to keep only what goes
   into each block and compute the rest again for the gradient.
   cond['control'] may hold residuals to be added to the skips and the middle: see `blocks.add_control`.
+
+  A call with hint [B, *S, channels] is one of the encoder and the middle alone: the hint is added to what the first
+  convolution gives, and the skips, in their order, and the middle are returned. No other layers are made.
   """
   channels: int = 128
   multipliers: Sequence[int] = (1, 2, 2, 2)
@@ -63,7 +66,8 @@ class UNet(nn.Module):
     super().__post_init__()
 
   @nn.compact
-  def __call__(self, x: Array, noise: Array, cond: Mapping[str, Array], train: bool = False) -> Array:
+  def __call__(self, x: Array, noise: Array, cond: Mapping[str, Array], train: bool = False,
+               hint: Array | None = None) -> Array | list[Array]:
     factor = 2 ** (len(self.multipliers) - 1)
     if any(n % factor for n in x.shape[1:-1]):
       raise ValueError(f'{len(self.multipliers)} levels need sizes divisible by {factor}, got {x.shape[1:-1]}')
@@ -76,6 +80,7 @@ class UNet(nn.Module):
 
     inputs = blocks.with_image(x, cond, self.image)
     h = Conv(self.channels, dtype=self.dtype, name='conv_in')(inputs)
+    h = h if hint is None else h + hint.astype(h.dtype)
     skips = [h]
     for level, multiplier in enumerate(self.multipliers):
       for i in range(self.blocks):
@@ -90,6 +95,8 @@ class UNet(nn.Module):
     h = block(h, h.shape[-1], 'middle_block_0')
     h = self.attend(h, cond, level, 'middle_attention')
     h = block(h, h.shape[-1], 'middle_block_1')
+    if hint is not None:
+      return [*skips, h]
     skips, h = blocks.add_control(skips, h, cond)
 
     for level, multiplier in reversed(list(enumerate(self.multipliers))):
