@@ -10,9 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from diffusion_jax import topology
 from diffusion_jax.metrics import inception
-from diffusion_jax.runtime.config import UserError
-from experiments.throughput import cases, processes, run, stats, table, worker
+from diffusion_jax.runtime import log
+from diffusion_jax.runtime.config import UserError, build
+from experiments.throughput import cases, equal, jax_side, processes, run, scaling, stats, table, worker
 
 
 def rounds(median, noise, seed, n=20):
@@ -112,7 +114,6 @@ def test_the_table_names_the_quickest_baseline_and_the_limits_of_the_machine():
 
 @pytest.mark.parametrize('name', cases.CASES)
 def test_every_case_is_one_that_both_sides_can_be_asked(name):
-  from experiments.throughput import equal, jax_side
   case = cases.CASES[name]
   assert case.work in jax_side.WORK
   again = cases.Case(**json.loads(json.dumps(dataclasses.asdict(case))))  # as it reaches a worker
@@ -124,7 +125,9 @@ def test_every_case_is_one_that_both_sides_can_be_asked(name):
   assert all(len(a) == 2 for a in given.values())
   equal.module(about, case.dtype)
   if case.work in ('train', 'sample'):
-    jax_side.config_of(again)  # which checks it
+    config = jax_side.config_of(again)  # which checks it
+    assert build(config.sample.sampler).nfe(case.steps) == build(config.sample.grid)(
+        build(config.process), case.steps, {}).logsnr.size == case.steps
 
 
 @pytest.fixture
@@ -146,7 +149,7 @@ def tiny(monkeypatch):
 @pytest.mark.parametrize('family', ['ddpm', 'adm', 'text', 'autoencoder', 'clip', 'dit'])
 def test_both_sides_are_the_same_function(family, tiny, tmp_path):
   needs_baseline()
-  from experiments.throughput import equal, torch_side
+  from experiments.throughput import torch_side
   from experiments.throughput.worker import Job
   case = tiny(family)
   about = cases.net_of(case)
@@ -169,13 +172,11 @@ def needs_baseline():
 
 
 def test_networks_without_a_counterpart_are_not_written(tmp_path):
-  from experiments.throughput import equal
   about = cases.NETS['edm2_xs']
   assert not equal.write(tmp_path, equal.module(about), about, None) and not list(tmp_path.iterdir())
 
 
 def test_no_array_is_zero_and_all_depend_on_their_names_alone():
-  from experiments.throughput import equal
   tree = {'a': {'kernel': jnp.zeros((3, 3, 16, 64)), 'bias': jnp.zeros(64)}, 'b': {'scale': jnp.zeros(64)}}
   params = equal.random_params(tree)
   assert all((np.abs(leaf) > 0).mean() > 0.99 for leaf in jax.tree.leaves(params))
@@ -190,7 +191,6 @@ def inception_shapes():
 
 
 def test_both_sides_take_the_same_weights_of_the_inception_network(inception_shapes):
-  from experiments.throughput import jax_side
   assert {name: list(shape) for name, shape in jax_side.inception_shapes().items()} == inception_shapes
   arrays = cases.weights(inception_shapes)
   params = inception.from_torch(arrays)
@@ -333,3 +333,45 @@ def test_the_baseline_is_the_inception_network(inception_shapes):
     images = np.random.default_rng(size).integers(0, 256, (2, size, size + 3, 3), np.uint8)
     theirs = torch_inception.prepare(torch.from_numpy(images)).permute(0, 2, 3, 1).numpy()
     np.testing.assert_allclose(inception.prepare(images), theirs, rtol=0, atol=2e-6)
+
+
+def point(sweep, value, exponent, time='1', **more):
+  ms = 3.0 * value ** exponent
+  return {'sweep': sweep, 'value': value, 'time': time, 'median_ms': ms, 'flops': 1e6 * value, 'device': 'a cpu',
+          'times_ms': [0.9 * ms, ms, 1.1 * ms], **more}
+
+
+def test_the_exponents_of_time_and_arithmetic_are_those_of_the_points():
+  assert scaling.slope([(x, 7 * x ** 1.7) for x in (3, 5, 40)]) == pytest.approx(1.7)
+  records = [point('batch', n, 0.8) for n in (8, 16, 32)] + [point('steps', 10, 1.0)]
+  words = scaling.summary(scaling.newest(records))
+  assert 'exponent 0.80, arithmetic with 1.00' in words and '10: 30.0 ms' in words
+
+
+def test_the_newest_point_of_each_value_is_drawn(tmp_path, capsys):
+  old, new = point('width', 64, 1.0, '1'), point('width', 64, 2.0, '2')
+  other = point('width', 32, 1.0, '1')
+  curves = scaling.newest([new, old, other, point('of_the_past', 1, 1.0)])
+  assert curves == {'width': [other, new]}
+  log.append(tmp_path / 'a-cpu.jsonl', *curves['width'])
+  assert scaling.main(['--draw', f'--out={tmp_path}']) == 0
+  assert (tmp_path / 'a-cpu.png').read_bytes().startswith(b'\x89PNG')
+  with pytest.raises(UserError, match='no records to draw'):
+    scaling.main(['--draw', f'--out={tmp_path / "none"}'])
+  with pytest.raises(UserError, match="'wdth'; did you mean 'width'"):
+    scaling.main(['--sweeps=wdth'])
+
+
+@pytest.mark.parametrize(('sweep', 'least', 'most'), [('batch', 2, 2), ('width', 2, 4), ('resolution', 3.5, 16),
+                                                      ('steps', 1, 1)])
+def test_one_thing_changes_along_a_sweep_and_the_arithmetic_grows_with_it(sweep, least, most):
+  first, second = (scaling.case_of(sweep, value) for value in scaling.SWEEPS[sweep][:2])
+  changed = [f.name for f in dataclasses.fields(first) if getattr(first, f.name) != getattr(second, f.name)]
+  assert len(changed) == 1
+
+  def work(case):  # of a pass, with convolutions as they are by definition
+    net = equal.module(cases.net_of(case))
+    with topology.as_if_on('tpu'):
+      return jax_side.counted(jax.jit(equal.call(net, 'forward')).trace(equal.shapes(net, case), cases.inputs(case)))
+
+  assert least * 0.999 <= work(second) / work(first) <= most * 1.001

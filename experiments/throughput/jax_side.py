@@ -33,9 +33,9 @@ def config_of(case: Case) -> Config:
   config.ema.main.decay = cases.EMA_DECAY
   config.train.update({'batch_size': case.batch})
   ancestral = case.sampler == 'ancestral'
-  config.sample.update({'sampler': spec(samplers.ancestral if ancestral else samplers.ddim),
-                        'grid': spec(levels.timesteps if ancestral else levels.trailing), 'steps': case.steps,
-                        'batch_size': case.batch})
+  config.sample.sampler = spec(samplers.ancestral if ancestral else samplers.ddim)
+  config.sample.grid = spec(levels.timesteps if ancestral else levels.trailing)
+  config.sample.update({'steps': case.steps, 'batch_size': case.batch})
   model_lib.check(config)
   return config
 
