@@ -180,15 +180,6 @@ def test_edm_samples_between_its_levels(name):
   assert not config.sample.clip
 
 
-def test_edm2_s_rate_falls_after_its_reference_time():
-  """Karras et al. 2024: 0.01 / sqrt(max(t / 35,000, 1)) at batch t, after 10 million images of warm-up."""
-  config = load('edm2_imagenet64_s')
-  rate = model_lib.optim.learning_rate(**config.learning_rate, total_images=config.train.images, batch_size=2048)
-  for batch, expected in ((10_000, 0.01), (35_000, 0.01), (140_000, 0.005), (315_000, 0.01 / 3)):
-    assert float(rate(batch - 1)) == pytest.approx(expected, rel=1e-6)
-  assert float(rate(2441)) == pytest.approx(0.005, rel=1e-3)  # of 4,883 batches of warm-up
-
-
 def test_edm_averages_half_a_million_images():
   rate = build(load('edm_cifar10').ema.main)
   steps = 500_000 / 512
