@@ -30,9 +30,10 @@ def parts():
 
 @pytest.fixture(scope='module')
 def adapters(parts):
-  """For both networks, of several ranks, and one of them with an alpha."""
+  """For both networks, of several ranks, and one module with an alpha."""
   of_unet = adapters_of(parts['unet'][1], 2) | {'conv_in': adapters_of(parts['unet'][1], 3, 'conv_in')['conv_in']}
   of_text = adapters_of(parts['text_encoder'][1], 4)
+  of_text['block_0']['mlp_in'] = adapters_of(parts['text_encoder'][1], 3, 'block_0/mlp_in')['block_0']['mlp_in']
   of_text['block_1']['query']['alpha'] = jnp.float32(2.5)
   return {'unet': of_unet, 'text_encoder': of_text}
 
@@ -80,8 +81,8 @@ def test_names_are_diffusers(parts, adapters):
   assert convert.metadata(parts, {'unet': adapters['unet']}) == {}
   options = json.loads(convert.metadata(parts, adapters)['lora_adapter_metadata'])
   assert {key: value for key, value in options.items() if not key.endswith('target_modules')} == {
-      'text_encoder.r': 4, 'text_encoder.lora_alpha': 4, 'text_encoder.rank_pattern': {},
-      'text_encoder.alpha_pattern': {'encoder.layers.1.self_attn.q_proj': 2.5}}
+      'text_encoder.r': 4, 'text_encoder.lora_alpha': 4, 'text_encoder.rank_pattern': {'encoder.layers.0.mlp.fc1': 3},
+      'text_encoder.alpha_pattern': {'encoder.layers.0.mlp.fc1': 3, 'encoder.layers.1.self_attn.q_proj': 2.5}}
 
 
 def test_merging_is_adding_their_products(parts, adapters):
@@ -141,7 +142,7 @@ def test_older_forms_of_text_encoders_are_read(parts, adapters):
 def test_pefts_options_say_alpha(parts):
   of_unet = adapters_of(parts['unet'][1], 2, '/(self|cross)/(query|key)/')
   tensors = convert.to_theirs(parts, {'unet': of_unet})
-  options = {'lora_alpha': 8, 'alpha_pattern': {'attn1.to_k': 2, '^down_blocks.0': 5,
+  options = {'lora_alpha': 8, 'alpha_pattern': {'attn1.to_k': 2, '^attn1.to_q': 5,
                                                 '^mid_block.attentions.0.transformer_blocks.0.attn2.to_q': 16}}
   for start in ('unet.', ''):
     said = {'lora_adapter_metadata': json.dumps({f'{start}{key}': value for key, value in options.items()})}
@@ -168,6 +169,8 @@ def test_what_cannot_be_read_is_named(parts, adapters, tmp_path):
       ({**tensors, key: np.ones((2, 5), np.float32)}, {}, rf'{key} has \[2, 5\] and not \[2, 4\]$'),
       ({**tensors, 'unet.conv_in.lora_B.weight': np.ones((4, 2, 1, 1), np.float32)}, {},
        r'conv_in.lora_B.weight has \[4, 2, 1, 1\] and not \[4, 3, 1, 1\]'),
+      ({'unet.conv_in.lora_A.weight': np.ones((0, 4, 3, 3), np.float32),
+        'unet.conv_in.lora_B.weight': np.ones((4, 0, 1, 1), np.float32)}, {}, r'lora_A.weight has \[0, 4, 3, 3\]'),
       ({**tensors, 'unet.conv_in.alpha': np.ones(3)}, {}, r'conv_in.alpha has \[3\] and not \[\]'),
       ({**tensors, key: tensors[key].astype(np.float64)}, {}, r'float32 cannot hold .*to_q.lora_A.weight \(float64\)'),
       (tensors, metadata(**{'unet.use_rslora': True}), r'adapters of unet by alpha / sqrt\(r\) \(use_rslora\)'),

@@ -23,8 +23,8 @@ Tree = Mapping[str, Any]
 Parts = Mapping[str, tuple[Mapping[str, str], Tree]]
 NAME = 'pytorch_lora_weights.safetensors'
 METADATA = 'lora_adapter_metadata'  # where diffusers writes peft's options into a file, as JSON
-# Every form that is read; the first is what diffusers writes today, and what is written here. Names of networks come
-# before the module's: those of KOHYA with all points of the name turned into '_', others with a point; none: the U-Net.
+# Every form that is read; the first is what diffusers writes today, and what is written here. A part and a point begin
+# the module's name, or nothing does and it is the U-Net's; kohya's scripts begin as in KOHYA, and write '_' for points.
 FORMS = (
     r'(?P<module>.+)\.lora_(?P<half>A|B)\.weight',
     r'(?P<module>.+)\.lora(_linear_layer)?\.(?P<half>down|up)\.weight',  # diffusers before peft
@@ -69,8 +69,9 @@ def from_theirs(parts: Parts, tensors: Mapping[str, np.ndarray], metadata: Mappi
   than a pair of the kernel's must have, or of numbers that float32 cannot hold.
   """
   found, unknown = {}, []
+  flat = {part: {theirs.replace('.', '_'): theirs for theirs in table} for part, (table, _) in parts.items()}
   for key, tensor in tensors.items():
-    part, module, half = _place(key, parts)
+    part, module, half = _place(key, flat)
     if module is None:
       unknown.append(key)
     else:
@@ -133,17 +134,19 @@ def metadata(parts: Parts, adapters: Mapping[str, Tree]) -> dict[str, str]:
   return {METADATA: json.dumps(options, sort_keys=True)} if options else {}
 
 
-def _place(key, parts):
-  """(part, their module, 'down', 'up' or 'alpha') of a tensor's name; the module is None if it has no known form."""
+def _place(key, flat):
+  """(part, their module, 'down', 'up' or 'alpha') of a tensor's name; the module is None if it has no known form.
+
+  flat: {part: {a module's name without points: its name}}.
+  """
   match = next(filter(None, (re.fullmatch(form, key) for form in FORMS)), None)
   if match is None:
     return '', None, ''
   module, half = match['module'], HALVES.get(match['half'], match['half'])
   for start, part in KOHYA.items():
     if module.startswith(start):
-      flat = module.removeprefix(start).removeprefix(clip.PREFIX.replace('.', '_'))
-      table = parts[part][0] if part in parts else {}
-      return part, next((theirs for theirs in table if theirs.replace('.', '_') == flat), None), half
+      name = module.removeprefix(start).removeprefix(clip.PREFIX.replace('.', '_'))
+      return part, flat.get(part, {}).get(name), half
   part, _, rest = module.partition('.')
   part, module = (part, rest) if part in KOHYA.values() else ('unet', module)
   module = module.removeprefix(clip.PREFIX).replace('.processor.', '.')

@@ -2,8 +2,8 @@
 
 Adapters are a tree of the modules that they change, each with `down` [*K, inputs, r] and `up` [r, outputs]: to a kernel
 [*K, inputs, outputs] is added scale * down @ up, for K of no axis (Dense) or of any number (Conv). That is what a layer
-of r channels followed by a pointwise one gives (Hu et al. 2021, eq. 3). A module may hold `alpha` too, a number that is
-never trained; the sum is then scaled by alpha / r, and without it by 1, as if alpha were r: the convention of peft and
+of r channels followed by a pointwise one gives (Hu et al. 2021, eq. 3). A module may hold `alpha` too, a number without
+a gradient; the sum is then scaled by alpha / r, and without it by 1, as if alpha were r: the convention of peft and
 diffusers. Nothing but kernels is adapted: neither biases, norms and tables of embeddings, nor the network's program.
 
 A network that normalises its kernels, such as edm2.UNet, normalises the sum: adapters turn its weights, which they
