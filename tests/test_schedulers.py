@@ -166,7 +166,10 @@ SOLVED = spec(levels.timesteps, last=False)
     expected(spec(schedules.zero_terminal_snr, process=SCALED), targets.v, spec(samplers.ddim), spec(levels.trailing)),
     expected(LINEAR, targets.eps, spec(samplers.ddim), spec(levels.trailing), clip=True, threshold=0.995),
     expected(LINEAR, targets.eps, spec(samplers.euler), spec(levels.karras, sigma_min=0.1, sigma_max=10.0)),
-    expected(LINEAR, targets.x0, spec(samplers.lms), INSIDE),
+    expected(LINEAR, targets.x0, spec(ending, sampler=spec(samplers.lms), logsnr=60.0, path='ve'), INSIDE),
+    expected(LINEAR, targets.eps, spec(ending, sampler=spec(samplers.plms), logsnr=60.0), LEADING),
+    expected(spec(schedules.zero_terminal_snr, process=SCALED, least=2.0 ** -24), targets.v, spec(samplers.euler),
+             spec(levels.trailing)),
     expected(LINEAR, targets.v, spec(samplers.heun), spec(levels.exponential), clip=True),
     expected(LINEAR, targets.v, spec(samplers.plms, of='v'), LEADING) | {
         'sampler': spec(ending, sampler=spec(samplers.plms, of='v'),
@@ -223,6 +226,9 @@ def test_an_old_spec_without_a_later_argument_is_read_with_its_default():
     ('EulerDiscrete', {'use_karras_sigmas': True, 'final_sigmas_type': 'sigma_min'}, 'end there'),
     ('EulerDiscrete', {'use_karras_sigmas': True, 'use_exponential_sigmas': True},
      'several spacings of sigma: karras and exponential'),
+    ('EulerDiscrete', {'rescale_betas_zero_snr': True}, 'least must lie in .0, 4.2.*e-09., got 5.96.*e-08'),
+    ('UniPCMultistep', {'use_exponential_sigmas': True}, 'use_exponential_sigmas is True, and only False'),
+    ('DPMSolverMultistep', {'solver_order': 3, 'algorithm_type': 'sde-dpmsolver++'}, 'solver_order is 3, and only 1'),
     ('EulerDiscrete', {'use_beta_sigmas': True}, 'use_beta_sigmas is True, and only False'),
     ('EulerAncestralDiscrete', {'prediction_type': 'sample'}, "prediction_type is 'sample'"),
     ('DPMSolverMultistep', {'algorithm_type': 'sde-dpmsolver'}, "algorithm_type is 'sde-dpmso"),
@@ -249,6 +255,8 @@ def test_what_cannot_be_read_is_refused_in_a_sentence(name, options, message):
     ({'sampler': spec(samplers.ancestral, variance=0.5)}, 'cannot do sampler ancestral'),
     ({'sampler': spec(samplers.heun, churn=9.0)}, 'cannot do sampler heun'),
     ({'sampler': spec(samplers.deis)}, 'no scheduler like deis'),
+    ({'sampler': spec(samplers.dpmpp_sde, order=3), 'grid': SOLVED}, 'solver_order is 3, and only 1 or 2'),
+    ({'sampler': spec(samplers.lms), 'grid': INSIDE}, r'cannot do sampler lms\(order=4\): .* ending\(.*lms'),
     ({'sampler': {'fn': 'mylab.samplers:mine'}}, 'mylab.samplers:mine is not of diffusion_jax.core.samplers'),
     ({'grid': spec(levels.quadratic)}, "DDIMScheduler: timestep_spacing is 'linspace', and only 'leading'"),
     ({'sampler': spec(samplers.heun), 'grid': spec(levels.karras, rho=3.0)}, 'cannot do grid karras'),
@@ -263,10 +271,10 @@ def test_ending_is_a_step_more():
   """With one level more on the grid and its last call left out, and to a level of either scale."""
   process, keys = schedules.linear(), jax.random.split(jax.random.key(0), 2)
   with jax.enable_x64(True):
-    grid = levels.timesteps()(process, 9, None)
+    grid = levels.timesteps()(process, 6, None)
     short, x = jax.tree.map(lambda a: a[:-1], grid), jnp.linspace(-2, 2, 8).reshape(2, 2, 2, 1)
     denoise = lambda x, level: jnp.tanh(x) * level.alpha
-    for inner, path, scale in ((samplers.dpmpp(3, final_order=1), 'vp', 1), (samplers.lms(), 've', grid.alpha[-1])):
+    for inner, path, scale in ((samplers.dpmpp(2, final_order=1), 'vp', 1), (samplers.ddim(), 've', grid.alpha[-1])):
       wanted = samplers.solve(inner, denoise, x, grid, keys, to_data=False)
       got = samplers.solve(ending(inner, float(grid.logsnr[-1]), path), denoise, x, short, keys)
       np.testing.assert_allclose(got * scale, wanted, rtol=1e-12)

@@ -59,6 +59,19 @@ def test_chains_equal_diffusers(peer, process):
                              atol=atol)
 
 
+def test_zero_snr_may_stop_short_of_zero():
+  """alpha_bar of the last step is the least asked for, where sigma / alpha is then finite; the others are the same."""
+  process, zero = (schedules.zero_terminal_snr('scaled_linear', least) for least in (2.0 ** -24, 0.0))
+  alpha_bar = schedules.alphas_cumprod(process, 1000)
+  np.testing.assert_allclose(alpha_bar[:-1], schedules.alphas_cumprod(zero, 1000)[:-1], rtol=1e-12)
+  assert alpha_bar[-1] == pytest.approx(2.0 ** -24, rel=1e-9)
+  assert float(schedules.on_path(process, 've').level(1.0).sigma) == pytest.approx(2.0 ** 12, rel=1e-4)
+  with pytest.raises(ValueError, match=r'least must lie in \[0, .*, got 0.5'):
+    schedules.zero_terminal_snr('linear', 0.5)
+  with pytest.raises(ValueError, match='least is for chains, and this process is continuous'):
+    schedules.zero_terminal_snr('cosine_continuous', 0.1)
+
+
 def test_cosine_continuous_is_a_cosine():
   process = schedules.cosine_continuous(-30, 30)
   t = np.linspace(0.05, 0.95, 19)

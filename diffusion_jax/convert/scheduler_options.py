@@ -56,8 +56,9 @@ ONLY_OF = {
     'EulerAncestralDiscreteScheduler': {'prediction_type': ('epsilon', 'v_prediction')},
     'HeunDiscreteScheduler': {'prediction_type': ('epsilon', 'v_prediction')},
     'DPMSolverMultistepScheduler': {'algorithm_type': ('dpmsolver++', 'sde-dpmsolver++', 'dpmsolver'),
-                                    'solver_type': ('midpoint', 'heun'), 'variance_type': (None,)},
-    'UniPCMultistepScheduler': {'solver_type': ('bh2', 'bh1')},
+                                    'solver_type': ('midpoint', 'heun'), 'variance_type': (None,),
+                                    'use_exponential_sigmas': (False,)},  # it cuts the fractions off its times
+    'UniPCMultistepScheduler': {'solver_type': ('bh2', 'bh1'), 'use_exponential_sigmas': (False,)},
     'FlowMatchEulerDiscreteScheduler': {'use_karras_sigmas': (False,), 'use_exponential_sigmas': (False,)},
     'EDMEulerScheduler': {'prediction_type': ('epsilon',), 'sigma_schedule': ('karras', 'exponential'),
                           'final_sigmas_type': ('zero',)},
@@ -65,3 +66,7 @@ ONLY_OF = {
 IN_SIGMA = ('EulerDiscreteScheduler', 'EulerAncestralDiscreteScheduler', 'HeunDiscreteScheduler',
             'LMSDiscreteScheduler')
 SOLVERS = ('DPMSolverMultistepScheduler', 'UniPCMultistepScheduler')
+# The zero SNR of the others' last level is 2^-24.
+TO_ZERO = ('DDPMScheduler', 'DDIMScheduler')
+# These go to data with a step of their full order; the others' last step is x0 itself.
+TO_LITTLE_NOISE = ('PNDMScheduler', 'LMSDiscreteScheduler')

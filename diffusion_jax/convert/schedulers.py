@@ -2,10 +2,10 @@
 
 Data only: no number is computed but the level at which a sampler ends. What is converted visits the same levels with
 the same steps; what has no exact counterpart is refused. What a config does not say, diffusers takes at its call:
-DDIM's `eta` is 0 and its `use_clipped_model_output` True where x0 is clipped, churn is 0, and a run starts from noise
-of standard deviation 1 (times the largest sigma), where ours has the first level's sigma. DDIM and PNDM count their
-steps down by num_train_timesteps // steps, so that "trailing" is exact where steps divide the chain; DPM-Solver and
-UniPC round the time that the network sees between the steps of a Karras grid, we do not.
+DDIM's `eta` is 0, and `use_clipped_model_output` is True where x0 is clipped; churn is 0; and a run starts from noise
+of standard deviation 1 (times the largest sigma), where ours has the first level's sigma. Two things depend on the
+steps: DDIM and PNDM go down by num_train_timesteps // steps, so that "trailing" is exact where the steps divide the
+chain, and DPM-Solver and UniPC round the times of a Karras grid that the network sees, which we do not.
 """
 from collections.abc import Mapping
 from typing import Any
@@ -22,6 +22,8 @@ from diffusion_jax.convert.scheduler_options import (
   SOLVERS,
   SPREAD,
   TARGETS,
+  TO_LITTLE_NOISE,
+  TO_ZERO,
 )
 from diffusion_jax.core import diffusion, levels, samplers, schedules, targets
 from diffusion_jax.core.ending import ending
@@ -30,6 +32,7 @@ from diffusion_jax.runtime.config import Config, UserError, build, explain, spec
 KEYS = ('process', 'target', 'noise', 'sampler', 'grid', 'clip', 'threshold')
 # A flow begins in pure noise; so little data is left in float32's first level that it is the same.
 MARGIN = 1e-9
+DATA = 60.0  # a level whose sigma, 1e-13, is nothing in float32
 UNBOUNDED = 1e6  # a bound of thresholding that no estimate reaches
 
 
@@ -78,12 +81,12 @@ def _edm(options):
 
 
 def _chain(name, options, steps, where):
-  process = _process(options, where)
+  process = _process(name, options, where)
   to_data = options.get('set_alpha_to_one', True) and options.get('final_sigmas_type', 'zero') == 'zero'
   sampler = _sampler(name, options, to_data, steps, where)
-  if not to_data:
-    first = float(schedules.evaluate(build(process), 0.0))
-    sampler = spec(ending, sampler=sampler, logsnr=first, path='ve' if name in IN_SIGMA else 'vp')
+  if not to_data or name in TO_LITTLE_NOISE:
+    last = DATA if to_data else float(schedules.evaluate(build(process), 0.0))
+    sampler = spec(ending, sampler=sampler, logsnr=last, path='ve' if name in IN_SIGMA else 'vp')
   threshold = float(options['dynamic_thresholding_ratio']) if options.get('thresholding') else 0.0
   bounded = threshold and options['sample_max_value'] == 1  # a bound of 1 leaves nothing but clipping
   if threshold and not bounded and options['sample_max_value'] < UNBOUNDED:
@@ -95,7 +98,7 @@ def _chain(name, options, steps, where):
           'threshold': 0.0 if bounded else threshold}
 
 
-def _process(options, where):
+def _process(name, options, where):
   T, betas = options['num_train_timesteps'], options['trained_betas']
   if betas is not None:
     if len(betas) != T:
@@ -105,7 +108,9 @@ def _process(options, where):
     make = getattr(schedules, BETAS[options['beta_schedule']])
     ends = {key: float(options[key]) for key in ('beta_start', 'beta_end')} if make is not schedules.cosine else {}
     process = spec(make, num_steps=T, **ends)
-  return spec(schedules.zero_terminal_snr, process=process) if options.get('rescale_betas_zero_snr') else process
+  if not options.get('rescale_betas_zero_snr'):
+    return process
+  return spec(schedules.zero_terminal_snr, process=process, least=0.0 if name in TO_ZERO else 2.0 ** -24)
 
 
 def _grid(name, options, to_data, where):
@@ -161,6 +166,8 @@ def _sampler(name, options, to_data, steps, where):
   if to_data and kind == 'dpmsolver':
     raise UserError(f'{where}: final_sigmas_type is "zero", and only "sigma_min" can be converted with algorithm_type '
                     f'"dpmsolver", as in diffusers')
+  if order == 3 and kind == 'sde-dpmsolver++':  # its weight of the second difference has the wrong sign
+    raise UserError(f'{where}: solver_order is 3, and only 1 or 2 can be converted with algorithm_type {kind!r}')
   if options['euler_at_final'] and not to_data:
     raise UserError(f'{where}: euler_at_final is True, and only False can be converted where the end is not zero')
   make = {'dpmsolver++': samplers.dpmpp, 'sde-dpmsolver++': samplers.dpmpp_sde, 'dpmsolver': samplers.dpm_solver}[kind]
@@ -203,8 +210,8 @@ def _one_name(config):
     found['process'] = spec(schedules.scaled_linear, **{k: v for k, v in process.items() if k != 'fn'})
   elif _name(process) == 'zero_terminal_snr':
     inner = process['process']
-    found['process'] = spec(schedules.zero_terminal_snr, process=_whole(
-        spec(getattr(schedules, inner)) if isinstance(inner, str) else inner, schedules))
+    inner = spec(getattr(schedules, inner)) if isinstance(inner, str) else inner
+    found['process'] = spec(schedules.zero_terminal_snr, process=_whole(inner, schedules), least=process['least'])
   elif _name(process) not in (*BETAS.values(), 'table') and build(process).num_steps:
     chain = build(process)
     found['process'] = spec(schedules.table, betas=tuple(schedules.betas(chain, chain.num_steps).tolist()))
@@ -229,8 +236,8 @@ def _whole(call, module):
 def _options(config):
   """(class, options) that come nearest to the settings."""
   sampler, process = config['sampler'], config['process']
-  above = _name(sampler) == 'ending'
-  sampler = sampler['sampler'] if above else sampler
+  ends = _name(sampler) == 'ending'
+  above, sampler = ends and sampler['logsnr'] < DATA, sampler['sampler'] if ends else sampler
   found = _sampler_options(sampler, process, above)
   if not found:
     raise UserError(f'diffusers has no scheduler like {_call(sampler)}: those that can be converted are ancestral, '

@@ -278,17 +278,21 @@ def time_shifted(process: Process | str = 'rectified_flow', shift: float = 3.0) 
                  time=lambda l, params=None: warp(inner.time(l, params), 1 / shift))
 
 
-def zero_terminal_snr(process: Process | str = 'linear') -> Process:
+def zero_terminal_snr(process: Process | str = 'linear', least: float = 0.0) -> Process:
   """`process` with sqrt(alpha_bar) moved to 0 at t = 1 and kept at t = 0 (Lin et al. 2024, algorithm 1).
 
-  logsnr is -inf at t = 1 alone. Raises ValueError on the ve path, where sigma would be infinite.
+  logsnr is -inf at t = 1 alone. least: what a chain's last alpha_bar is then set to, for solvers whose sigma / alpha
+  must be finite; others have 2^-24. Raises ValueError on the ve path, where sigma would be infinite.
   """
   inner = _made(process)
   require(inner.path is not ve, 'a process on the ve path cannot have zero terminal SNR: its sigma would be infinite')
   if not inner.num_steps:
+    require(least == 0, f'least is for chains, and this process is continuous: leave it 0, got {least}')
     return to_zero_snr(inner)
   root = np.sqrt(alphas_cumprod(inner, inner.num_steps))
   alpha_bar = ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
+  require(0 <= least < alpha_bar[-2], f'least must lie in [0, {alpha_bar[-2]:g}), got {least}')
+  alpha_bar[-1] = least
   return replace(from_betas(1 - alpha_bar / np.r_[1, alpha_bar[:-1]]), path=inner.path)
 
 
