@@ -7,7 +7,6 @@ import types
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import nets
 import numpy as np
 import pytest
 from conftest import through_json, tiny_config
@@ -192,47 +191,6 @@ def test_every_mesh_computes_the_same(alone, net, mesh, monkeypatch):
   assert kernel.sharding.shard_shape(kernel.shape)[-1] == 8 // (mesh.shape[split] if split else 1)
   assert_same(state, alone[net][0])
   assert_same(values, alone[net][1], 1e-4)
-
-
-@pytest.mark.parametrize(('mesh', 'words'), [
-    ((1, 1, 1, 3), 'mesh.context must divide the first axis of an image: context 3, size 8'),
-    ((1, 1, 2, 2), 'mesh.tensor=2 and mesh.context=2 cannot both be above 1'),
-    ((1, 2, 1, 2), 'mesh.fsdp=2 and mesh.context=2 cannot both be above 1')])
-def test_meshes_that_compute_something_else_are_refused(mesh, words):
-  config, mesh = tiny_config(), sharding.make_mesh(*mesh)
-  made = model_lib.make(config, (8, 8, 1), 10)
-  where = jax.tree.map(lambda a: a.sharding, model_lib.abstract_state(made, mesh))
-  with pytest.raises(UserError, match=words):
-    train.make_step(made, model_lib.optimizer_of(config), where)
-
-
-def wrong_in_xla(reason):
-  """A case that fails today; when it no longer does, what avoids it can go."""
-  return pytest.mark.xfail(strict=True, raises=AssertionError, reason=f'XLA {reason}')
-
-
-def agree(function, mesh, arrays, where, out):
-  """Whether `function` of arrays that lie so is what it is on one device."""
-  place = lambda spec: jax.sharding.NamedSharding(mesh, P(*spec))
-  found = jax.jit(function, out_shardings=place(out))(*map(jax.device_put, arrays, map(place, where)))
-  np.testing.assert_allclose(np.asarray(found), np.asarray(function(*arrays)), rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize('batch', [
-    sharding.BATCH, pytest.param(('data', 'fsdp'), marks=wrong_in_xla('leaves the rows in another order'))], ids=str)
-def test_a_product_split_three_ways(batch):
-  """The order of the axes in `sharding.BATCH` is why meshes with data, fsdp and tensor are allowed."""
-  arrays = [nets.normal(8, 8), nets.normal(8, 8, seed=2)]
-  agree(lambda x, kernel: x @ kernel, sharding.make_mesh(2, 2, 2), arrays, [(batch, 'tensor'), ('tensor', 'fsdp')],
-        (batch, 'tensor'))
-
-
-@pytest.mark.parametrize('size', [1, pytest.param(3, marks=wrong_in_xla('adds up over devices with the same part'))])
-def test_a_convolution_of_which_image_and_kernel_are_split(size):
-  """Why `sharding.over_context` refuses a mesh with context and tensor."""
-  arrays = [nets.normal(2, 8, 8, 4), nets.normal(size, size, 4, 8)]
-  agree(layers._plain_conv, sharding.make_mesh(1, 1, 2, 2), arrays,
-        [(None, 'context'), (None, None, None, 'tensor')], (None, 'context', None, 'tensor'))
 
 
 class Run:
