@@ -123,8 +123,9 @@ def from_pipeline(folder: pathlib.Path, workdir: pathlib.Path) -> Model:
       config.text = spec_of(encoder, encoders.clip)
     config.data.update({'source': 'none', **image})
     guided = 'text_encoder' in origin
-    config.sample.update({**{name: found[name] for name in ('sampler', 'grid', 'clip', 'threshold')},
-                          'guidance': GUIDANCE if guided else 1.0, 'batch_size': 4 if guided else 64})
+    config.sample.update({'guidance': GUIDANCE if guided else 1.0, 'batch_size': 4 if guided else 64})
+    for name in ('sampler', 'grid', 'clip', 'threshold'):
+      config.sample[name] = found[name]
   return _write_run(workdir, config, params, origin, folder)
 
 
