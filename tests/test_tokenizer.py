@@ -230,6 +230,8 @@ def test_what_is_no_prompt_is_refused(clip):
     clip(['a'], 1)
   with pytest.raises(UserError, match='is no text'):
     clip(['a\ud800'])
+  with pytest.raises(UserError, match="must be a list of texts, got the text 'a cat'"):
+    clip('a cat')
 
 
 @pytest.mark.parametrize('name', FOLDERS)

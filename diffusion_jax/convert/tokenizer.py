@@ -62,9 +62,12 @@ class Tokenizer:
   def __call__(self, prompts: Sequence[str], length: int | None = None) -> np.ndarray:
     """int32 [B, length] of B prompts; one that is too long loses its end, but keeps the end token.
 
-    length: at least 2; the folder's own if None. Raises UserError if it is less, or for what is no text.
+    length: at least 2; the folder's own if None. Raises UserError if it is less, for what is no text, and for a single
+    text in the place of several.
     """
     length = self.length if length is None else length
+    if isinstance(prompts, str):
+      raise UserError(f'prompts must be a list of texts, got the text {prompts!r}')
     if length < 2:
       raise UserError(f'prompts need at least 2 tokens, for start and end, got a length of {length}')
     ids = np.full((len(prompts), length), self.pad, np.int32)
