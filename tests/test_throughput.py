@@ -156,13 +156,11 @@ def test_both_sides_are_the_same_function(family, tiny, tmp_path):
   net = equal.module(about)
   params = equal.random_params(equal.shapes(net, case))
   assert equal.write(tmp_path, net, about, params)
-  ours = equal.call(net, case.work)(params, {k: jnp.asarray(a) for k, a in cases.inputs(case).items()})
+  ours, given = jax.jit(equal.call(net, case.work)), cases.inputs(case)
   theirs = torch_side.forward(Job(case, tmp_path, 'cpu', ''))
-  assert cases.difference(theirs.outputs, {'output': cases.shown(ours)}) < cases.TOLERANCE['cpu', 'float32']
+  apart = lambda params: cases.difference(theirs.outputs, {'output': cases.shown(ours(params, given))})
+  assert apart(params) < cases.TOLERANCE['cpu', 'float32'] < apart(jax.tree.map(lambda a: 1.01 * a, params))
   assert cases.shapes_agree([leaf.size for leaf in jax.tree.leaves(params)], theirs.sizes)
-  wrong = jax.tree.map(lambda a: 1.01 * a, params)
-  other = equal.call(net, case.work)(wrong, {k: jnp.asarray(a) for k, a in cases.inputs(case).items()})
-  assert cases.difference(theirs.outputs, {'output': cases.shown(other)}) > cases.TOLERANCE['cpu', 'float32']
 
 
 def needs_baseline():
@@ -362,8 +360,7 @@ def test_the_newest_point_of_each_value_is_drawn(tmp_path, capsys):
     scaling.main(['--sweeps=wdth'])
 
 
-@pytest.mark.parametrize(('sweep', 'least', 'most'), [('batch', 2, 2), ('width', 2, 4), ('resolution', 3.5, 16),
-                                                      ('steps', 1, 1)])
+@pytest.mark.parametrize(('sweep', 'least', 'most'), [('batch', 2, 2), ('width', 2, 4), ('resolution', 3.5, 16)])
 def test_one_thing_changes_along_a_sweep_and_the_arithmetic_grows_with_it(sweep, least, most):
   first, second = (scaling.case_of(sweep, value) for value in scaling.SWEEPS[sweep][:2])
   changed = [f.name for f in dataclasses.fields(first) if getattr(first, f.name) != getattr(second, f.name)]

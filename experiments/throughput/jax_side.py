@@ -10,9 +10,9 @@ import jax.numpy as jnp
 
 from diffusion_jax import ahead, topology
 from diffusion_jax import model as model_lib
-from diffusion_jax import sample as sample_lib
 from diffusion_jax import train as train_lib
 from diffusion_jax.core import levels, samplers, schedules
+from diffusion_jax.generator import Generator
 from diffusion_jax.metrics import batches, inception
 from diffusion_jax.programs import flops
 from diffusion_jax.runtime import log, sharding
@@ -113,7 +113,7 @@ def sample(job: Job) -> Prepared:
   model = model_lib.make(config, (net.size, net.size, net.channels), 0)
   params = quickly(model.init, sharding.replicated(mesh))
   equal.write(job.folder, equal.module(net), net, jax.device_get(params['net']))
-  generator = sample_lib.Generator(model, config.sample, config.seed, mesh)
+  generator = Generator(model, config.sample, config.seed, mesh)
   generator.compile(params)
   ids = (range(start, start + case.batch) for start in itertools.count(0, case.batch))
   run = repeat(lambda: generator(params, next(ids), [0] * case.batch))
