@@ -234,6 +234,17 @@ def test_a_run_moves_over_meshes_and_ends_the_same(tmp_path, monkeypatch):
                 - np.asarray(start.params['net']['conv_in']['kernel'])).max() > 1e-2  # it went somewhere
 
 
+def test_a_device_that_is_only_compiled_for_may_use_its_host():
+  """It describes no memory at all; one that describes others cannot."""
+  def sharding_on(*kinds):
+    device = types.SimpleNamespace(
+        id=0, device_kind='fake', addressable_memories=lambda: [types.SimpleNamespace(kind=kind) for kind in kinds])
+    return types.SimpleNamespace(device_set={0: device}.values(), with_memory_kind=lambda kind: kind)
+  assert sharding.on_host([sharding_on(), sharding_on('device', 'pinned_host')]) == ['pinned_host'] * 2
+  with pytest.raises(ValueError, match="'fake' cannot keep arrays in pinned_host memory"):
+    sharding.on_host([sharding_on('device')])
+
+
 # What devices add up
 
 

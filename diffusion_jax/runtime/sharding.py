@@ -222,7 +222,8 @@ def on_host(shardings: Any) -> Any:
   """
   def move(where):
     device = min(where.device_set, key=lambda d: d.id)
-    if HOST not in {memory.kind for memory in device.addressable_memories()}:
+    kinds = {memory.kind for memory in device.addressable_memories()}  # none of a device that is only compiled for
+    if kinds and HOST not in kinds:
       raise ValueError(f'devices of kind {device.device_kind!r} cannot keep arrays in {HOST} memory: set '
                        f'train.ema_on_host=false')
     return where.with_memory_kind(HOST)
