@@ -134,8 +134,8 @@ RECIPE = ['train.images', 'train.batch_size', 'learning_rate.peak', 'learning_ra
     ('iddpm_cifar10', '', (500_000 * 128, 128, 1e-4, 0, 0.3, 0.0)),  # the public code's README
     ('iddpm_imagenet64', '', (1_500_000 * 128, 128, 1e-4, 0, 0.0, 0.0)),
     ('adm_imagenet64', '', (540_000 * 2048, 2048, 3e-4, 0, 0.1, 0.0)),  # table 11
-    ('edm_cifar10', 've_cond', (200e6, 512, 1e-3, 10e6, 0.13, 0.0)),  # table 8; the public code's defaults
-    ('edm2_imagenet64_s', '', (2 ** 30, 2048, 0.01, 10e6, 0.0, 0.0)),  # table 6; the public code's presets
+    ('edm_cifar10', 've_cond', (200e6, 512, 1e-3, 10e6, 0.13, 0.0)),  # the public code's defaults
+    ('edm2_imagenet64_s', '', (2 ** 30, 2048, 0.01, 10e6, 0.0, 0.0)),  # the public code's presets
     ('flow_cifar10', '', (800_000 * 128, 128, 2e-4, 5000 * 128, 0.15, 1.0)),  # the public code's config
     ('vdm_cifar10', '', (10_000_000 * 128, 128, 2e-4, 100 * 128, 0.1, 0.0)),  # the public code's config
 ])
