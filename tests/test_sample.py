@@ -18,7 +18,7 @@ from diffusion_jax.runtime.config import Config
 
 @pytest.fixture(scope='module')
 def model():
-  return model_lib.make(tiny_config(unet=True), (8, 8, 1), 10)
+  return model_lib.make(tiny_config(), (8, 8, 1), 10)
 
 
 @pytest.fixture(scope='module')
@@ -104,8 +104,9 @@ def test_guidance_within_an_interval_is_counted_where_it_acts(model, sampler, ca
 def test_settings_of_guidance_reach_the_denoiser():
   cond, ref, x = (lambda x, level: x / 2), (lambda x, level: x / 4 + 0.1), np.linspace(-1, 1, 16).reshape(1, 4, 4, 1)
   neutral = dict.fromkeys(('guidance_low', 'guidance_high', 'guidance_rescale', 'threshold'), 0.0)
-  at = lambda **more: np.asarray(generator_lib.guided(cond, ref, Config({'guidance': 5.0, 'clip': False} | neutral | more))(
-      x, schedules.vp.level(np.float32(0.0))))  # sigma / alpha is 1
+  level = schedules.vp.level(np.float32(0.0))  # sigma / alpha is 1
+  at = lambda **more: np.asarray(
+      generator_lib.guided(cond, ref, Config({'guidance': 5.0, 'clip': False} | neutral | more))(x, level))
   plain = 5 * cond(x, None) - 4 * ref(x, None)
   np.testing.assert_allclose(at(), plain, atol=1e-6)
   np.testing.assert_allclose(at(guidance_low=0.5, guidance_high=2.0), plain, atol=1e-6)

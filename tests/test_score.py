@@ -5,6 +5,7 @@ import pathlib
 import fidgen
 import numpy as np
 import pytest
+from nets import jit
 from PIL import Image
 
 from diffusion_jax import encode, score
@@ -31,6 +32,7 @@ def test_files_through_inception_score_as_torch_fidelity_scores_them(tmp_path, m
   """PNG -> features -> FID and KID, where the peer's features and the definitions give the expected values."""
   # The program that test_inception.py compiles: the features are the same in any batch.
   monkeypatch.setattr(features, 'BATCH', 2)
+  monkeypatch.setattr(inception, '_network', jit(inception._network.__wrapped__))
   images, file = fidgen.images(32, 6), tmp_path / 'inception.safetensors'
   file.write_bytes(inception.to_safetensors(inception.from_torch(fidgen.state_dict())))
   run(encode.main, f'--features=inception:{file}', f'--source={pngs(tmp_path / "real", images[3:])}',
