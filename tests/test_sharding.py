@@ -234,15 +234,15 @@ def test_a_run_moves_over_meshes_and_ends_the_same(tmp_path, monkeypatch):
                 - np.asarray(start.params['net']['conv_in']['kernel'])).max() > 1e-2  # it went somewhere
 
 
-def test_a_device_that_is_only_compiled_for_may_use_its_host():
-  """It describes no memory at all; one that describes others cannot."""
-  def sharding_on(*kinds):
-    device = types.SimpleNamespace(
-        id=0, device_kind='fake', addressable_memories=lambda: [types.SimpleNamespace(kind=kind) for kind in kinds])
-    return types.SimpleNamespace(device_set={0: device}.values(), with_memory_kind=lambda kind: kind)
-  assert sharding.on_host([sharding_on(), sharding_on('device', 'pinned_host')]) == ['pinned_host'] * 2
-  with pytest.raises(ValueError, match="'fake' cannot keep arrays in pinned_host memory"):
-    sharding.on_host([sharding_on('device')])
+@pytest.mark.parametrize(('kinds', 'words'), [
+    (['device'], "'fake' cannot keep arrays in pinned_host memory"),
+    ([], "for the host of a device of kind 'fake' that is not here: plan with train.ema_on_host=false")])  # plan's
+def test_devices_without_a_host_are_named(kinds, words):
+  """JAX drops the memory kind from a sharding over devices that are only compiled for: a plan would not be true."""
+  memories = [types.SimpleNamespace(kind=kind) for kind in kinds]
+  device = types.SimpleNamespace(id=0, device_kind='fake', addressable_memories=lambda: memories)
+  with pytest.raises(ValueError, match=words):
+    sharding.on_host(types.SimpleNamespace(device_set={0: device}.values()))
 
 
 # What devices add up

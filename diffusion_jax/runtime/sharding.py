@@ -222,8 +222,11 @@ def on_host(shardings: Any) -> Any:
   """
   def move(where):
     device = min(where.device_set, key=lambda d: d.id)
-    kinds = {memory.kind for memory in device.addressable_memories()}  # none of a device that is only compiled for
-    if kinds and HOST not in kinds:
+    kinds = {memory.kind for memory in device.addressable_memories()}
+    if not kinds:
+      raise ValueError(f'JAX cannot compile for the host of a device of kind {device.device_kind!r} that is not here: '
+                       f'plan with train.ema_on_host=false, and take the averages off the total')
+    if HOST not in kinds:
       raise ValueError(f'devices of kind {device.device_kind!r} cannot keep arrays in {HOST} memory: set '
                        f'train.ema_on_host=false')
     return where.with_memory_kind(HOST)
