@@ -35,7 +35,7 @@ class Previews:
 
   def write(self, state: TrainState, step: int) -> np.ndarray:
     """Writes samples/<images>.png and returns the picture; every process draws its part, the writer writes."""
-    average = sharding.on_device(state.emas[next(iter(state.emas))])
+    average = self.model.whole(sharding.on_device(state.emas[next(iter(state.emas))]), state.frozen)
     ids = range(min(self.generator.batch_size, 100))
     images = self.generator(average, ids, labels_of(ids, self.model.num_classes), self.image)
     if images.ndim != 4 or images.shape[-1] not in (1, 3):

@@ -35,9 +35,12 @@ def normal(*shape, seed=1):
 class Small(nn.Module):
   """Two convolutions, the level and the label: for laws of training and sampling that hold whatever the net is.
 
-  `outputs` times the channels of x; zero at the start, as the U-Net is.
+  `outputs` times the channels of x; zero at the start, as the U-Net is. text: whether it sees the mean of cond['text'];
+  image: the channels of cond['image'].
   """
   outputs: int = 1
+  text: bool = False
+  image: int = 0
   num_classes: int = 0
   dropout: float = 0.0
 
@@ -47,6 +50,9 @@ class Small(nn.Module):
     if self.num_classes:
       label = jnp.where(cond['drop'], self.num_classes, cond['label']) if 'drop' in cond else cond['label']
       emb += nn.Embed(self.num_classes + 1, 8)(label)
-    h = nn.swish(nn.Conv(8, (3, 3), name='conv_in')(x) + emb[:, None, None])
+    if self.text:
+      emb += nn.Dense(8, name='query')(cond['text'].mean(1))
+    h = jnp.concatenate([x, cond['image']], -1) if self.image else x
+    h = nn.swish(nn.Conv(8, (3, 3), name='conv_in')(h) + emb[:, None, None])
     h = nn.Dropout(self.dropout, deterministic=not train)(h)
     return nn.Conv(self.outputs * x.shape[-1], (3, 3), name='conv_out', kernel_init=nn.initializers.zeros)(h)

@@ -15,12 +15,14 @@ from nets import filled
 from PIL import Image
 
 from diffusion_jax import bridge, cli, model, train
+from diffusion_jax import trained as trained_lib
 from diffusion_jax.convert import __main__ as convert
 from diffusion_jax.convert import controlnet, files, unet_condition
 from diffusion_jax.core import levels, samplers, schedules
 from diffusion_jax.nets.controlnet import ControlNet
 from diffusion_jax.nets.text_unet import TextUNet
 from diffusion_jax.runtime import command
+from diffusion_jax.runtime import config as config_lib
 from diffusion_jax.runtime.config import spec
 
 WHY = '{} missing: install the parity extra'
@@ -41,9 +43,15 @@ def draw(workdir, *more, num=8):
   return np.stack([np.asarray(Image.open(out / f'{i:06d}.png'), np.float32) / 255 for i in range(num)])
 
 
-def keys_of(num, seed=0):
-  """Of the samples 0 .. num - 1."""
-  return jax.vmap(lambda i: jax.random.fold_in(model.key(seed, 'sample'), i))(np.arange(num))
+KEYS = jax.vmap(lambda i: jax.random.fold_in(model.key(0, 'sample'), i))(np.arange(8))  # of the samples of seed 0
+
+
+def start_of(workdir):
+  """Where the samples of a run begin, channels first."""
+  config = config_lib.from_json(workdir / 'config.json')
+  found = trained_lib.restore(workdir, '', None, lambda config: None).model
+  level = config_lib.build(config.sample.grid)(found.diffusion.process, STEPS, None)
+  return np.moveaxis(np.asarray(samplers.prior(KEYS, found.shape, jax.tree.map(lambda a: a[0], level))), -1, 1).copy()
 
 
 @pytest.fixture(scope='module')
@@ -138,9 +146,8 @@ def test_text_to_image_is_that_of_diffusers(text_folder, text_run):
   pipe = diffusers.DiffusionPipeline.from_pretrained(text_folder, local_files_only=True)
   assert type(pipe).__name__ == 'StableDiffusionPipeline'
   pipe.set_progress_bar_config(disable=True)
-  noise = np.asarray(samplers.prior(keys_of(8), (8, 8, 4), schedules.vp.level(np.float32(-1e9))))  # sigma is 1
   theirs = pipe(['The cat, a photo'] * 8, negative_prompt=['hat'] * 8, guidance_scale=4.0, num_inference_steps=STEPS,
-                latents=torch.tensor(np.moveaxis(noise, -1, 1).copy()), output_type='np').images
+                latents=torch.tensor(start_of(text_run)), output_type='np').images
   assert theirs.std() > 0.05
   np.testing.assert_allclose(ours, theirs, atol=2 / 255)
 
@@ -154,11 +161,10 @@ def test_a_model_trained_here_draws_the_same_images_there(trained, tmp_path, mon
   assert run('to-diffusers', trained, tmp_path / 'pipeline') == 0
   pipe = diffusers.DDPMPipeline.from_pretrained(tmp_path / 'pipeline', local_files_only=True)
   pipe.set_progress_bar_config(disable=True)
-  start = samplers.prior(keys_of(8), (8, 8, 1), schedules.vp.level(np.float32(-1e9)))
-  steps = (jax.vmap(lambda key, i=i: jax.random.normal(jax.random.fold_in(key, i), (8, 8, 1)))(keys_of(8))
-           for i in range(STEPS))
-  draws = iter([start, *steps])
-  noise = lambda shape, *_, **__: torch.tensor(np.moveaxis(np.asarray(next(draws)), -1, 1).copy()).reshape(shape)
+  steps = (jax.vmap(lambda key, i=i: jax.random.normal(jax.random.fold_in(key, i), (1, 8, 8)))(KEYS)
+           for i in range(STEPS))  # of one channel: first or last, it is the same
+  draws = iter([start_of(trained), *steps])
+  noise = lambda shape, *_, **__: torch.tensor(np.array(next(draws))).reshape(shape)
   monkeypatch.setattr(pipeline_ddpm, 'randn_tensor', noise)
   monkeypatch.setattr(scheduling_ddpm, 'randn_tensor', noise)
   theirs = pipe(batch_size=8, num_inference_steps=STEPS, output_type='np').images
@@ -249,7 +255,7 @@ def test_a_lora_file_changes_samples_and_comes_back(text_folder, text_run, tmp_p
   from diffusion_jax.nets import lora
   net = unet_condition.net(files.read_config(text_folder / 'unet'))
   table, shapes = unet_condition.table(net), unet_condition.shapes(net)
-  adapters = jax.tree.map(lambda a: np.asarray(filled(a)), lora.init(jax.random.key(0), shapes, 2))
+  adapters = jax.tree.map(np.asarray, filled(lora.init(jax.random.key(0), shapes, 2)))
   lora_files.write(tmp_path / 'lora', {'unet': (table, shapes)}, {'unet': adapters})
   file = tmp_path / 'lora' / lora_files.NAME
   plain = draw(text_run, '--prompt=the cat', '--guidance=1')

@@ -28,9 +28,11 @@ PARITY = [(name, options) for name, *several in (
     ('EulerAncestralDiscrete', {'timestep_spacing': 'leading', 'steps_offset': 1}),
     ('HeunDiscrete', {'clip_sample': True, 'use_exponential_sigmas': True}),
     ('LMSDiscrete', {}, {'prediction_type': 'sample', 'use_karras_sigmas': True}, {'timestep_spacing': 'trailing'}),
-    ('DPMSolverMultistep', {'rescale_betas_zero_snr': True, 'timestep_spacing': 'trailing'}, {'thresholding': True},
+    ('DPMSolverMultistep', {'use_karras_sigmas': True}, {'use_lu_lambdas': True, 'thresholding': True},
+     {'rescale_betas_zero_snr': True, 'timestep_spacing': 'trailing'},
      {'algorithm_type': 'sde-dpmsolver++', 'solver_type': 'heun'}, {'final_sigmas_type': 'sigma_min'}),
-    ('UniPCMultistep', {'solver_order': 3, 'disable_corrector': [0, 1]}, {'rescale_betas_zero_snr': True}),
+    ('UniPCMultistep', {'use_karras_sigmas': True}, {'solver_order': 3, 'disable_corrector': [0, 1]},
+     {'rescale_betas_zero_snr': True}),
     ('FlowMatchEulerDiscrete', {'shift': 2.0, 'num_train_timesteps': 100}),
     ('EDMEuler', {'sigma_schedule': 'exponential', 'sigma_max': 10.0, 'sigma_data': 0.8})) for options in several]
 

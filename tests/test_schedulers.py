@@ -89,8 +89,7 @@ def test_recorded_runs(name):
       x, memory = step(x, memory, at(i), at(i + 1), noise[i], output(i))
     x = finish(x, memory, at(count - 1), noise[count - 1], output(count - 1))
   inside = sorted(set(np.asarray(trace['timesteps']).tolist()), reverse=True)
-  # DPM-Solver rounds the times of a Karras grid; a place between two steps is one of sigma, or of its logarithm.
-  np.testing.assert_allclose(time, inside, atol=0.51 if 'dpm' in name and 'karras' in name else 0.06)
+  np.testing.assert_allclose(time, inside, atol=0.06)  # a place between two steps is one of sigma, or of its logarithm
   tolerance = 1e-4 if 'last10of1000' in name or 'zero_snr' in name else 2e-5
   assert traces.relative_error(x, trace['x_final_f64']) < tolerance
 
@@ -174,7 +173,8 @@ SOLVED = spec(levels.timesteps, last=False)
     expected(LINEAR, targets.v, spec(samplers.plms, of='v'), LEADING) | {
         'sampler': spec(ending, sampler=spec(samplers.plms, of='v'),
                         logsnr=float(schedules.evaluate(schedules.linear(), 0.0)))},
-    expected(LINEAR, targets.x0, spec(samplers.dpmpp, order=3), spec(levels.uniform_logsnr), clip=True),
+    expected(LINEAR, targets.x0, spec(samplers.dpmpp, order=3), spec(levels.uniform_logsnr),
+             spec(diffusion.timestep, whole=True), clip=True),
     expected(LINEAR, targets.eps, spec(samplers.dpmpp_sde, kind='heun'), SOLVED),
     expected(LINEAR, targets.eps, spec(samplers.unipc, order=3, uncorrected=2, final_order=2), SOLVED),
     expected(spec(schedules.rectified_flow, margin=1e-9), targets.velocity, spec(samplers.flow_euler, stochastic=True),
@@ -233,6 +233,8 @@ def test_an_old_spec_without_a_later_argument_is_read_with_its_default():
     ('EulerAncestralDiscrete', {'prediction_type': 'sample'}, "prediction_type is 'sample'"),
     ('DPMSolverMultistep', {'algorithm_type': 'sde-dpmsolver'}, "algorithm_type is 'sde-dpmso"),
     ('DPMSolverMultistep', {'algorithm_type': 'dpmsolver'}, 'only "sigma_min" .* "dpmsolver"'),
+    ('DPMSolverMultistep', {'use_karras_sigmas': True, 'beta_schedule': 'squaredcos_cap_v2'},
+     'karras sigmas cannot be converted with squaredcos_cap_v2'),
     ('DPMSolverMultistep', {'solver_order': 4}, 'order must be 1, 2 or 3, got 4'),
     ('DPMSolverMultistep', {'final_sigmas_type': 'sigma_min', 'euler_at_final': True}, 'euler_at'),
     ('UniPCMultistep', {'solver_type': 'bh1'}, 'with solver_type "bh1" or without'),
@@ -250,7 +252,7 @@ def test_what_cannot_be_read_is_refused_in_a_sentence(name, options, message):
     ({'process': spec(schedules.rectified_flow), 'sampler': spec(samplers.euler)},
      r'cannot do process rectified_flow\(margin=0.0001\): the nearest that it can is rectified_flow\(margin=1e-09\)'),
     ({'target': spec(targets.velocity)}, r"diffusers' DDIMScheduler cannot do target velocity\(\): the nearest .* eps"),
-    ({'noise': spec(diffusion.log_sigma)}, r'cannot do noise log_sigma\(scale=0.25\): .* timestep\(scale=999.0\)'),
+    ({'noise': spec(diffusion.log_sigma)}, r'cannot do noise log_sigma\(scale=0.25\): .* timestep\(scale=999.0, whole'),
     ({'sampler': spec(samplers.ddim, eta=0.5)}, r'cannot do sampler ddim\(eta=0.5\): .* ddim\(eta=0.0\)'),
     ({'sampler': spec(samplers.ancestral, variance=0.5)}, 'cannot do sampler ancestral'),
     ({'sampler': spec(samplers.heun, churn=9.0)}, 'cannot do sampler heun'),

@@ -3,9 +3,8 @@
 Data only: no number is computed but the level at which a sampler ends. What is converted visits the same levels with
 the same steps; what has no exact counterpart is refused. What a config does not say, diffusers takes at its call:
 DDIM's `eta` is 0, and `use_clipped_model_output` is True where x0 is clipped; churn is 0; and a run starts from noise
-of standard deviation 1 (times the largest sigma), where ours has the first level's sigma. Two things depend on the
-steps: DDIM and PNDM go down by num_train_timesteps // steps, so that "trailing" is exact where the steps divide the
-chain, and DPM-Solver and UniPC round the times of a Karras grid that the network sees, which we do not.
+of standard deviation 1 (times the largest sigma), where ours has the first level's sigma. DDIM and
+PNDM go down by num_train_timesteps // steps, so that "trailing" is exact where the steps divide the chain.
 """
 from collections.abc import Mapping
 from typing import Any
@@ -73,10 +72,10 @@ def _flow(options):
 
 def _edm(options):
   ends = {key: float(options[key]) for key in ('sigma_min', 'sigma_max', 'rho')}
-  karras = options['sigma_schedule'] == 'karras'
   return {'process': spec(schedules.karras, **ends), 'noise': spec(diffusion.log_sigma),
           'target': spec(targets.edm, sigma_data=float(options['sigma_data'])), 'sampler': spec(samplers.euler),
-          'grid': spec(levels.karras, rho=ends['rho']) if karras else spec(levels.exponential),
+          'grid': spec(levels.exponential) if options['sigma_schedule'] == 'exponential' else
+                  spec(levels.karras, rho=ends['rho']),
           'clip': False, 'threshold': 0.0}
 
 
@@ -87,14 +86,16 @@ def _chain(name, options, steps, where):
   if not to_data or name in TO_LITTLE_NOISE:
     last = DATA if to_data else float(schedules.evaluate(build(process), 0.0))
     sampler = spec(ending, sampler=sampler, logsnr=last, path='ve' if name in IN_SIGMA else 'vp')
+  grid = _grid(name, options, to_data, where)
+  whole = name in SOLVERS and _name(grid) in SPREAD.values()  # these round the network's time
   threshold = float(options['dynamic_thresholding_ratio']) if options.get('thresholding') else 0.0
   bounded = threshold and options['sample_max_value'] == 1  # a bound of 1 leaves nothing but clipping
   if threshold and not bounded and options['sample_max_value'] < UNBOUNDED:
     raise UserError(f'{where}: sample_max_value is {options["sample_max_value"]}, and only 1 or at least '
                     f'{UNBOUNDED:g} (no bound) can be converted')
   return {'process': process, 'target': spec(getattr(targets, TARGETS[options['prediction_type']])),
-          'noise': spec(diffusion.timestep, scale=float(options['num_train_timesteps'] - 1)), 'sampler': sampler,
-          'grid': _grid(name, options, to_data, where), 'clip': bool(threshold or options.get('clip_sample', False)),
+          'noise': spec(diffusion.timestep, scale=float(options['num_train_timesteps'] - 1), whole=whole),
+          'sampler': sampler, 'grid': grid, 'clip': bool(threshold or options.get('clip_sample', False)),
           'threshold': 0.0 if bounded else threshold}
 
 
@@ -118,6 +119,8 @@ def _grid(name, options, to_data, where):
   spread = [ours for theirs, ours in SPREAD.items() if options.get(theirs)]
   if len(spread) > 1:
     raise UserError(f'{where} asks for several spacings of sigma: {" and ".join(spread)}')
+  if spread and name == 'DPMSolverMultistepScheduler' and options['beta_schedule'] == 'squaredcos_cap_v2':
+    raise UserError(f'{where}: {spread[0]} sigmas cannot be converted with squaredcos_cap_v2, whose times are cut off')
   if spread:
     ends = {key: float(options.get(key) or 0) for key in ('sigma_min', 'sigma_max')}
     if name in IN_SIGMA and spacing != 'linspace' and not all(ends.values()):
@@ -212,8 +215,7 @@ def _one_name(config):
     inner = process['process']
     inner = spec(getattr(schedules, inner)) if isinstance(inner, str) else inner
     found['process'] = spec(schedules.zero_terminal_snr, process=_whole(inner, schedules), least=process['least'])
-  elif _name(process) not in (*BETAS.values(), 'table') and build(process).num_steps:
-    chain = build(process)
+  elif _name(process) not in (*BETAS.values(), 'table') and (chain := build(process)).num_steps:
     found['process'] = spec(schedules.table, betas=tuple(schedules.betas(chain, chain.num_steps).tolist()))
   if _name(sampler) in ('dpmpp_2m', 'dpmpp_3m'):
     found['sampler'] = spec(samplers.dpmpp, order=int(_name(sampler)[-2]))
@@ -238,8 +240,7 @@ def _options(config):
   sampler, process = config['sampler'], config['process']
   ends = _name(sampler) == 'ending'
   above, sampler = ends and sampler['logsnr'] < DATA, sampler['sampler'] if ends else sampler
-  found = _sampler_options(sampler, process, above)
-  if not found:
+  if not (found := _sampler_options(sampler, process, above)):
     raise UserError(f'diffusers has no scheduler like {_call(sampler)}: those that can be converted are ancestral, '
                     f'ancestral_learned, ddim, plms, euler, euler_ancestral, heun, lms, dpmpp, dpmpp_sde, dpm_solver, '
                     f'unipc and flow_euler')

@@ -21,11 +21,16 @@ class Diffusion(NamedTuple):
   noise: Noise
 
 
-def timestep(scale: float = 999.0) -> Noise:
-  """The network sees scale * t; 999 gives DDPM's step index 0 .. 999."""
+def timestep(scale: float = 999.0, whole: bool = False) -> Noise:
+  """The network sees scale * t; 999 gives DDPM's step index 0 .. 999. whole: rounded, for levels between two steps."""
   # A time is drawn, not learned: no gradient of a schedule's parameters flows through it.
   stop = jax.lax.stop_gradient
-  return lambda process, level, params=None: scale * process.time(stop(level.logsnr), stop(params))
+
+  def noise(process, level, params=None):
+    time = scale * process.time(stop(level.logsnr), stop(params))
+    return jnp.round(time) if whole else time
+
+  return noise
 
 
 def log_sigma(scale: float = 0.25) -> Noise:

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from diffusion_jax.core import adaptive, multistep
 from diffusion_jax.core.adaptive import *  # noqa: F403
+from diffusion_jax.core.ending import ending
 from diffusion_jax.core.multistep import *  # noqa: F403
 from diffusion_jax.core.schedules import Process
 from diffusion_jax.core.solver import Sampler, independent, prior, solve, transfer  # noqa: F401
@@ -20,7 +21,7 @@ from diffusion_jax.core.types import Array, Denoise, Denoiser, Level, expand, re
 
 __all__ = ['ancestral', 'ancestral_learned', 'ddim', 'euler', 'euler_ancestral', 'flow_euler', 'heun', 'lcm',
            'predictor_corrector', *multistep.__all__, *adaptive.__all__]
-for _name in (*multistep.__all__, *adaptive.__all__):
+for _name in (*multistep.__all__, *adaptive.__all__, ending.__name__):
   globals()[_name].__module__ = __name__  # in configs, one name takes another's place within its module
 
 
