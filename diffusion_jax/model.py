@@ -57,7 +57,8 @@ class Model(NamedTuple):
 
   def is_frozen(self, name: str) -> bool:
     """Whether the parameters of that name are used and not trained."""
-    frozen = {'codec': True, 'net': self.config.lora.rank > 0, 'text': self.text and not self.text.trained}
+    adapted = self.config.lora.rank > 0
+    frozen = {'codec': True, 'net': adapted, 'text': adapted or (self.text and not self.text.trained)}
     return bool(frozen.get(name))
 
   def whole(self, params: Mapping[str, Any], frozen: Mapping[str, Any] | tuple = ()) -> dict[str, Any]:

@@ -132,7 +132,8 @@ def test_adapters_are_trained_beside_a_run_that_stays_as_it_was(text_run, tmp_pa
   differ = {name for name in before if np.any(before[name] != after[name])}
   assert differ and all('query' in name or 'conv_in' in name for name in differ)
   parameters = json.loads((tmp_path / 'adapters' / 'run.json').read_text())['parameters']
-  assert parameters < sum(leaf.size for leaf in leaves(base.params['net']))
+  assert parameters == sum(leaf.size for leaf in leaves(found.adapters))  # the encoder of text is not trained either
+  assert not changed(found.params['text'], base.params['text'])
 
 
 def test_a_run_starts_from_another(tiny_run, tmp_path):

@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from nets import filled, jit, normal
+from nets import filled, jit
 
 from diffusion_jax.nets.text import ByteEncoder, tokenise
 
