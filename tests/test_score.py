@@ -29,27 +29,29 @@ def run(main, *flags):
 
 
 def test_files_through_inception_score_as_torch_fidelity_scores_them(tmp_path, monkeypatch):
-  """PNG -> features -> FID and KID, where the peer's features and the definitions give the expected values."""
+  """PNG -> features -> FID and KID, where the peer's features and the definitions give the expected values.
+
+  Two sets of four, which share two images: of four and more no root of a matrix of 2048 rows is taken.
+  """
   # The program that test_inception.py compiles: the features are the same in any batch.
   monkeypatch.setattr(features, 'BATCH', 2)
   monkeypatch.setattr(inception, '_network', jit(inception._network.__wrapped__))
   images, file = fidgen.images(32, 6), tmp_path / 'inception.safetensors'
   file.write_bytes(inception.to_safetensors(inception.from_torch(fidgen.state_dict())))
-  run(encode.main, f'--features=inception:{file}', f'--source={pngs(tmp_path / "real", images[3:])}',
+  run(encode.main, f'--features=inception:{file}', f'--source={pngs(tmp_path / "real", images[2:])}',
       f'--out={tmp_path}/real.safetensors')
-  run(score.main, f'--features=inception:{file}', f'--samples={pngs(tmp_path / "made", images[:3])}',
+  run(score.main, f'--features=inception:{file}', f'--samples={pngs(tmp_path / "made", images[:4])}',
       f'--reference={tmp_path}/real.safetensors', f'--out={tmp_path}/out.jsonl', '--metrics=fd,kid,sfd')
   found = {record['metric']: record['value'] for record in log.read_lines(tmp_path / 'out.jsonl')}
-  x, y = (half.astype(np.float64) for half in (PEER['2048'][:3], PEER['2048'][3:]))
-  a, b = x - x.mean(0), y - y.mean(0)
+  x, y = PEER['2048'][:4].astype(np.float64), PEER['2048'][2:].astype(np.float64)
+  a, b = ((z - z.mean(0)) / np.sqrt(len(z) - 1) for z in (x, y))
   nuclear = np.linalg.norm(a @ b.T, 'nuc')
-  fid = np.sum((x.mean(0) - y.mean(0)) ** 2) + (np.sum(a ** 2) + np.sum(b ** 2) - 2 * nuclear) / 2
-  assert found['fid_3'] == pytest.approx(fid, rel=1e-4)
+  fid = np.sum((x.mean(0) - y.mean(0)) ** 2) + np.sum(a ** 2) + np.sum(b ** 2) - 2 * nuclear
+  assert found['fid_4'] == pytest.approx(fid, rel=1e-4)
   kernel = lambda p, q: (p @ q.T / 2048 + 1) ** 3
-  off = ~np.eye(3, dtype=bool)
-  kid = kernel(x, x)[off].mean() + kernel(y, y)[off].mean() - 2 * kernel(x, y).mean()
-  assert found['kid_3'] == pytest.approx(kid, rel=1e-2)  # a difference of numbers near 1
-  assert set(found) == {'fid_3', 'kid_3', 'sfid_3'}
+  within = lambda p: kernel(p, p)[~np.eye(len(p), dtype=bool)].mean()
+  assert found['kid_4'] == pytest.approx(within(x) + within(y) - 2 * kernel(x, y).mean(), rel=1e-2)  # near 1 each
+  assert set(found) == {'fid_4', 'kid_4', 'sfid_4'}
 
 
 @pytest.fixture(scope='module')
