@@ -27,7 +27,7 @@ SMALL = {'unet:UNet': UNET, 'unet:DDPMpp': UNET, 'unet:NCSNpp': UNET, 'unet:ADM'
          'edm2:UNet': {key: text for key, text in UNET.items() if key != 'groups'} | {'head_channels': '4'},
          'text_unet:TextUNet': UNET | {'depth': '(1,)', 'num_classes': '0'},
          'dit:DiT': {'width': '8', 'depth': '1', 'heads': '2'}}
-COMPILED = 'adm_imagenet64', 'edm2_imagenet512', 'edm_cifar10', 'vdm_cifar10'
+COMPILED = 'edm2_imagenet512', 'edm_cifar10', 'vdm_cifar10'
 # Configs that differ in these alone are one program.
 SAME = {'train.batch_size': '4', 'mesh.data': '1', 'train.images': '1e6', 'learning_rate.peak': '1e-3',
         'learning_rate.warmup_images': '4e3', 'label_dropout': '0.1', 'net.dropout': '0.1', 'optimizer.eps': '1e-8',
@@ -95,6 +95,8 @@ def count(config):
 
 @pytest.mark.parametrize(('name', 'run', 'published'), [
     ('ddpm_cifar10', '', 35_700_000),  # Ho et al. 2020, appendix B
+    # The checkpoints of the public code of improved DDPM are named 50M and 100M.
+    ('iddpm_cifar10', '', 50_000_000), ('iddpm_imagenet64', '', 100_000_000),
     ('adm_imagenet64', '', 296_000_000),  # Dhariwal & Nichol 2021, table 11
     ('edm_cifar10', '', 55_700_000),  # Karras et al. 2022, table 7
     ('flow_cifar10', '', 61_800_000),  # DDPM++ of Song et al. 2021
@@ -183,6 +185,18 @@ def test_edm_samples_between_its_levels(name):
   expected = np.linspace(80 ** (1 / 7), 0.002 ** (1 / 7), steps) ** 7
   np.testing.assert_allclose(sigma, expected, rtol=1e-5)
   assert not config.sample.clip
+
+
+@pytest.mark.parametrize(('name', 'peak', 'batches'), [
+    ('edm2_imagenet64_s', 0.0100, 35_000), ('edm2_imagenet512_xs', 0.0120, 70_000),
+    ('edm2_imagenet512_xxl', 0.0065, 70_000)])
+def test_edm2s_rates_fall_after_their_reference_time(name, peak, batches):
+  """Karras et al. 2024 and its code: the rate is peak / sqrt(max(t / t_ref, 1)) at batch t, after 10 million images."""
+  config = load(name)
+  rate = model_lib.optim.learning_rate(**config.learning_rate, total_images=config.train.images, batch_size=2048)
+  for share, expected in ((0.5, 1), (1, 1), (4, 1 / 2), (9, 1 / 3)):
+    assert float(rate(round(share * batches) - 1)) == pytest.approx(peak * expected, rel=1e-6)
+  assert float(rate(2441)) == pytest.approx(peak / 2, rel=1e-3)  # of 4,883 batches of warm-up
 
 
 def test_edm_averages_half_a_million_images():
