@@ -6,9 +6,9 @@ Reach: FID without guidance and with 63 network evaluations, of the average of t
 Runs: '' (S), 'xs', 's', 'm', 'l', 'xl', 'xxl'; each is also a file of its own, edm2_imagenet512_xs and so on.
 --config.codec.weights=FOLDER is Stable Diffusion's autoencoder (sd-vae-ft-mse). data/imagenet512 holds a folder for
 each class, of pictures scaled and cropped as the paper's.
-Differs: bfloat16 for the paper's float16; a constant rate for one that falls after 70,000 batches; u(level) of the loss
-is not normalised; pictures are encoded in [-1, 1], and the moments that give latents mean 0 and deviation 0.5 in every
-channel are those of 256 x 256 as in the public code of IMM (Zhou et al. 2025): the paper's are of pictures in [0, 1].
+Differs: bfloat16 for the paper's float16; u(level) of the loss is not normalised; pictures are encoded in [-1, 1], and
+the moments that give latents mean 0 and deviation 0.5 in every channel are those of 256 x 256 as in the public code of
+IMM (Zhou et al. 2025): the paper's are of pictures in [0, 1].
 """
 from configs import edm2_imagenet64_s
 from diffusion_jax.nets import codecs, edm2
@@ -30,7 +30,7 @@ def get_config(run=''):
   config.draw.update({'mean': -0.4, 'std': 1.0})
   config.net.update({'channels': edm2.CHANNELS[size], 'dropout': dropout})
   config.optimizer.eps = 1e-8 / (64 * 64 * 4)
-  config.learning_rate.update({'peak': peak})
+  config.learning_rate.update({'peak': peak, 'steady_images': 70_000 * 2048})
   config.train.update({'images': images * MI})
   config.sample.batch_size = 32
   return config

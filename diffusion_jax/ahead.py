@@ -145,22 +145,31 @@ class DoesNotFit(UserError):
 
 
 def dry_run(config: Config) -> int:
-  """Prints parameters, shapes, FLOPs and memory of the train step on this machine, and trains nothing."""
+  """Prints parameters, FLOPs and memory of the train step on this machine, and trains nothing.
+
+  What shapes alone tell comes first, since to compile a large step takes minutes. It is not compiled where its state is
+  larger than the memory there is: it could not run.
+  """
   model, mesh = model_on(config)
-  program = compile_program(*step_on(model, mesh, jax.default_backend()), mesh.size)
-  state = model_lib.abstract_state(model, mesh)
+  state, platform = model_lib.abstract_state(model, mesh), jax.default_backend()
   net, train = model_lib.abstract_params(model, mesh)['net'], config.train
-  print(parameter_overview.get_parameter_overview(net, include_stats=False))
   gib = lambda n: f'{n / 2 ** 30:.3f} GiB'
-  for name, value in {
-      'batch': f'{train.batch_size} x {model.image_shape} uint8, over a mesh of {dict(mesh.shape)}',
-      'parameters': f'{num_parameters(net):,}',
-      'train state': gib(sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(state))),
-      'FLOPs of a step': f'{sum(program.flops.values()) / train.steps_per_call:.3e}',
-      'memory of a device': ', '.join(f'{part} {gib(size)}' for part, size in program.memory) or 'unknown here',
-      'steps': f'{num_steps(config):,} of {train.batch_size} images',
-      'compilation': f'{program.compile_seconds:.1f} s on {log.device()}'}.items():
-    print(f'{name:>18}: {value}')
+  show = lambda name, value: print(f'{name:>18}: {value}', flush=True)
+  print(parameter_overview.get_parameter_overview(net, include_stats=False))
+  show('batch', f'{train.batch_size} x {model.image_shape} uint8, over a mesh of {dict(mesh.shape)}')
+  show('parameters', f'{num_parameters(net):,}')
+  show('train state', gib(sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(state))))
+  show('steps', f'{num_steps(config):,} of {train.batch_size} images')
+  traced, rows = step_on(model, mesh, platform)
+  show('FLOPs of a step', f'{sum(flops(traced.jaxpr).values()) / train.steps_per_call:.3e}')
+  own, limit = memory.device_bytes(state), memory.limit(mesh.devices.flat[0], mesh.size)
+  if own > limit:
+    show('memory of a device', f'{gib(limit)}, and the train state alone takes {gib(own)}: it is not compiled here; '
+                               f'`diffusion-jax plan` compiles for other machines')
+    return 0
+  program = compile_program(traced, rows, mesh.size)
+  show('memory of a device', ', '.join(f'{part} {gib(size)}' for part, size in program.memory) or 'unknown here')
+  show('compilation', f'{program.compile_seconds:.1f} s on {log.device()}')
   return 0
 
 

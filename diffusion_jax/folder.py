@@ -33,14 +33,23 @@ class NoRecords:
     """Nothing."""
 
 
+# Keys of a machine rather than of a run, which continues with others to the same numbers, but for rounding.
+OF_THE_MACHINE = ('mesh.', 'sharding:', 'data.data_dir:', 'data.manual_dir:', 'data.workers:', 'data.resident_gib:',
+                  'train.ema_on_host:', 'train.keep:')
+
+
 def claim(workdir: pathlib.Path, config: Config, allow_changes: bool) -> None:
-  """Writes config.json, or compares it with the one there: UserError names what differs, unless changes are allowed."""
+  """Writes config.json, or compares it with the one there: UserError names what differs, unless changes are allowed.
+
+  Keys that are `OF_THE_MACHINE` may always differ. What differs is recorded in overrides.jsonl.
+  """
   path = workdir / 'config.json'
   if path.exists():
     changed = config_lib.differences(config_lib.from_json(path), config)
-    if changed and not allow_changes:
-      raise UserError(f'{str(workdir)!r} holds a run with another config ({"; ".join(changed[:5])}'
-                      f'{f"; and {len(changed) - 5} more" if len(changed) > 5 else ""}): '
+    refused = [one for one in changed if not one.startswith(OF_THE_MACHINE)]
+    if refused and not allow_changes:
+      raise UserError(f'{str(workdir)!r} holds a run with another config ({"; ".join(refused[:5])}'
+                      f'{f"; and {len(refused) - 5} more" if len(refused) > 5 else ""}): '
                       f'give another --workdir, or continue that run with this config by --override')
     if changed:
       log.append(workdir / 'overrides.jsonl', {'time': log.now(), 'changed': changed})

@@ -40,7 +40,8 @@ def default_config() -> Config:
       'start': '',                # the run folder whose parameters training starts from; '': random ones
       'label_dropout': 0.1,       # share of labels and texts replaced by none, for guidance
       'optimizer': spec(optax.adam),
-      'learning_rate': {'peak': 2e-4, 'warmup_images': 640_000, 'decay': 'constant'},
+      'learning_rate': {'peak': 2e-4, 'warmup_images': 640_000, 'decay': 'constant',
+                        'steady_images': 0},  # before the decay inverse_sqrt begins
       'clip_norm': 1.0,
       'ema': {'main': spec(ema.constant)},
       'train': {

@@ -136,7 +136,12 @@ def make_step(model: Model, optimizer: optax.GradientTransformation, where: Trai
     body = lambda carry, batch: one_step(root, carry, fetch(batch))
     return loop(body, (state, metrics), batches)[0]
 
-  return steps
+  def checked(*arguments):
+    with explain('config'):
+      sharding.check_convolutions(where.step.mesh, steps, *arguments)
+    return steps(*arguments)
+
+  return checked if where else steps
 
 
 def root_key(config: Config) -> Array:

@@ -114,6 +114,7 @@ PUBLISHED = {
     'P2, on eps': (losses.p2(1, 0.5), lambda snr: snr / (1 + snr) ** 0.5),
     'sigmoid, on eps': (losses.sigmoid(2), lambda snr: snr / (1 + np.exp(np.log(snr) - 2))),
     'EDM, of sigma': (losses.edm(0.5), lambda snr: (1 / snr + 0.25) * snr / 0.25),
+    'an error of the velocity, sigma times that on a flow': (losses.velocity(), lambda snr: (1 + snr ** 0.5) ** 2),
     'hybrid without its bound': (losses.hybrid(), lambda snr: snr * 1),
     'learned uncertainty, the base': (losses.learned_uncertainty(), lambda snr: snr + 4),
 }
@@ -125,7 +126,7 @@ def test_published_formulas(weight, formula):
 
 
 @pytest.mark.parametrize(('weight', 'target'), [(losses.simple(), 'eps'), (losses.snr(plus=1), 'v'),
-                                                (losses.edm(0.5), 'edm')])
+                                                (losses.edm(0.5), 'edm'), (losses.velocity(), 'velocity')])
 def test_some_weights_count_the_networks_error_alike(weight, target):
   level = schedules.vp.level(jnp.asarray(LOGSNR[1:-1]))
   np.testing.assert_allclose(weight(level) * TARGETS[target].coeffs(level)[2] ** 2, 1, rtol=1e-5)

@@ -36,7 +36,7 @@ def alone():
   return gradients(sharding.make_mesh(1, 1))
 
 
-@pytest.mark.parametrize('mesh', [(2, 2, 2), (2, 1, 1, 2)], ids=str)
+@pytest.mark.parametrize('mesh', [(2, 2, 2), (1, 2, 2, 2)], ids=str)
 def test_gradients_of_a_transformer_are_those_of_one_device(alone, mesh, monkeypatch):
   monkeypatch.setattr(sharding, 'MIN_SHARDED_SIZE', 0)
   mesh = sharding.make_mesh(*mesh)
@@ -70,7 +70,7 @@ def test_a_product_split_three_ways(batch):
 
 @pytest.mark.parametrize('size', [1, pytest.param(3, marks=wrong_in_xla('adds up over devices with the same part'))])
 def test_a_convolution_of_which_image_and_kernel_are_split(size):
-  """Why `sharding.over_context` refuses a mesh with context and tensor."""
+  """Why `sharding.check_convolutions` refuses a mesh with context and tensor."""
   arrays = [nets.normal(2, 8, 8, 4), nets.normal(size, size, 4, 8)]
   agree(layers._plain_conv, sharding.make_mesh(1, 1, 2, 2), arrays,
         [(None, 'context'), (None, None, None, 'tensor')], (None, 'context', None, 'tensor'))
@@ -85,13 +85,26 @@ def test_the_gradient_of_a_convolution_with_its_rows_split(rows):
         [split, (), split], split)
 
 
-@pytest.mark.parametrize(('mesh', 'words'), [
-    ((1, 1, 1, 3), 'mesh.context must divide the first axis of an image: context 3, size 8'),
-    ((1, 1, 2, 2), 'mesh.tensor=2 and mesh.context=2 cannot both be above 1'),
-    ((1, 2, 1, 2), 'mesh.fsdp=2 and mesh.context=2 cannot both be above 1')])
-def test_meshes_that_compute_something_else_are_refused(mesh, words):
+@pytest.mark.parametrize(('mesh', 'shape', 'words'), [
+    ((1, 1, 1, 3), (8, 8, 1), 'mesh.context must divide the first axis of an image: context 3, size 8'),
+    ((1, 1, 2, 2), (8, 8, 1), 'mesh.tensor=2 and mesh.context=2 cannot both be above 1 for a net with convolutions'),
+    ((1, 2, 1, 2), (8, 8, 1), 'mesh.fsdp=2 and mesh.context=2 cannot both be above 1 for a net with convolutions'),
+    ((2, 1, 1, 4), (4, 8, 1), 'mesh.context=4 must leave at least two rows .* and one has 4 rows: take at most 2')])
+def test_meshes_that_compute_something_else_are_refused(mesh, shape, words):
   config, mesh = tiny_config(), sharding.make_mesh(*mesh)
-  made = model_lib.make(config, (8, 8, 1), 10)
-  where = jax.tree.map(lambda a: a.sharding, model_lib.abstract_state(made, mesh))
+  made = model_lib.make(config, shape, 10)
+  state = model_lib.abstract_state(made, mesh)
+  images, labels = jax.ShapeDtypeStruct((1, 16, *shape), np.uint8), jax.ShapeDtypeStruct((1, 16), np.int32)
   with pytest.raises(UserError, match=words):
-    train.make_step(made, model_lib.optimizer_of(config), where)
+    steps = train.make_step(made, model_lib.optimizer_of(config), jax.tree.map(lambda a: a.sharding, state))
+    jax.eval_shape(steps, jax.random.key(0), state, jax.eval_shape(train.Metrics.empty), None, (images, labels))
+
+
+def test_convolutions_are_found_wherever_they_are():
+  conv = lambda x, kernel: layers._plain_conv(x, kernel).sum()
+  scanned = lambda x, kernel: jax.lax.scan(lambda c, k: (c + jax.checkpoint(conv)(x, k), None), 0.0, kernel[None])[0]
+  x, kernel = np.zeros((1, 6, 8, 1)), np.zeros((3, 3, 1, 1))
+  rows = lambda function: set(sharding._rows(jax.make_jaxpr(function)(x, kernel).jaxpr))
+  assert rows(jax.jit(jax.grad(scanned))) == {6}
+  assert rows(lambda x, kernel: jax.lax.cond(x.sum() > 0, conv, lambda x, kernel: 0.0, x, kernel)) == {6}
+  assert rows(lambda x, kernel: x * kernel[0, 0, 0]) == set()

@@ -155,13 +155,16 @@ def test_learning_rate_closed_forms():
   """Ten steps of warm-up of a hundred, 16 images each."""
   options = {'peak': 0.5, 'warmup_images': 160, 'total_images': 1600, 'batch_size': 16}
   constant, cosine = (optim.learning_rate(**options, decay=decay) for decay in ('constant', 'cosine'))
+  falling = optim.learning_rate(**options, decay='inverse_sqrt', steady_images=25 * 16)
   for step in range(10):
-    assert constant(step) == cosine(step) == pytest.approx(0.5 * (step + 1) / 10, rel=1e-6)
+    assert constant(step) == cosine(step) == falling(step) == pytest.approx(0.5 * (step + 1) / 10, rel=1e-6)
   for step in (10, 11, 55, 99, 100, 200):
     assert constant(step) == pytest.approx(0.5, rel=1e-6)
     expected = 0.5 * (1 + math.cos(math.pi * min((step - 10) / 90, 1))) / 2
     assert cosine(step) == pytest.approx(expected, rel=1e-5, abs=1e-7)
   assert cosine(100) == pytest.approx(0, abs=1e-7)
+  for images, expected in ((16 * 16, 0.5), (25 * 16, 0.5), (100 * 16, 0.25), (225 * 16, 0.5 / 3)):
+    assert falling(images // 16 - 1) == pytest.approx(expected, rel=1e-6)
 
 
 @pytest.mark.parametrize('decay', ['constant', 'cosine'])
@@ -176,7 +179,8 @@ def test_learning_rate_at_the_edges(decay):
 @pytest.mark.parametrize(('changes', 'words'), [
     ({'peak': -1.0}, 'learning_rate.peak must be at least 0, got -1.0'),
     ({'warmup_images': -5}, 'learning_rate.warmup_images must be at least 0, got -5'),
-    ({'decay': 'linear'}, "'constant' or 'cosine', got 'linear'")])
+    ({'decay': 'linear'}, "'cosine' or 'inverse_sqrt', got 'linear'"),
+    ({'decay': 'inverse_sqrt'}, 'learning_rate.steady_images must be above 0')])
 def test_bad_learning_rates_are_named(changes, words):
   good = {'peak': 1.0, 'warmup_images': 0, 'total_images': 10, 'batch_size': 1, 'decay': 'cosine'}
   with pytest.raises(ValueError, match=words):

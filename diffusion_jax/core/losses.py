@@ -23,7 +23,7 @@ from diffusion_jax.core.schedules import Process
 from diffusion_jax.core.types import Array, Level, Params, require
 
 __all__ = ['edm', 'hybrid', 'learned_uncertainty', 'likelihood', 'min_snr', 'over_logsnr', 'p2', 'sigmoid', 'simple',
-           'snr', 'soft_min_snr', 'vlb']
+           'snr', 'soft_min_snr', 'velocity', 'vlb']
 
 
 @dataclass(frozen=True)
@@ -98,6 +98,11 @@ def edm(sigma_data: float = 0.5) -> Weight:
   """SNR + 1 / sigma_data^2: an error of EDM's F counts the same at every level (Karras et al. 2022, table 1)."""
   require(sigma_data > 0, f'sigma_data must be above 0, got {sigma_data}')
   return _of_snr(lambda snr: snr + 1 / sigma_data ** 2)
+
+
+def velocity() -> Weight:
+  """(1 + sqrt(SNR))^2: an error of the velocity counts the same at every level (Liu et al. 2022, eq. 1)."""
+  return Weight(lambda level, process, params: jnp.exp(2 * jax.nn.softplus(level.logsnr / 2)))
 
 
 def vlb() -> Weight:

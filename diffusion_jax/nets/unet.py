@@ -78,7 +78,7 @@ class UNet(nn.Module):
       options = {**self.block_options(), **changes}
       return make_block(width, self.dropout, self.groups, self.dtype, **options, name=name)(h, emb, train)
 
-    inputs = blocks.with_image(x, cond, self.image)
+    inputs = self.shown(x, cond)
     h = Conv(self.channels, dtype=self.dtype, name='conv_in')(inputs)
     h = h if hint is None else h + hint.astype(h.dtype)
     skips = [h]
@@ -113,13 +113,18 @@ class UNet(nn.Module):
   # What the families do each in their own way.
 
   @nn.nowrap
+  def shown(self, x: Array, cond: Mapping[str, Array]) -> Array:
+    """What the first convolution sees."""
+    return blocks.with_image(x, cond, self.image)
+
+  @nn.nowrap
   def block_options(self) -> dict[str, Any]:
     """Arguments of every ResBlock."""
     return {}
 
   @nn.nowrap
-  def attention_options(self) -> dict[str, Any]:
-    """Arguments of every SelfAttention."""
+  def attention_options(self, channels: int) -> dict[str, Any]:
+    """Arguments of a SelfAttention on so many channels."""
     return {}
 
   @nn.nowrap
@@ -131,7 +136,7 @@ class UNet(nn.Module):
   def attend(self, h: Array, cond: Mapping[str, Array], level: int, name: str) -> Array:
     """h after attention."""
     make = nn.remat(SelfAttention) if self.remat == 'blocks' else SelfAttention
-    return make(self.groups, self.dtype, **self.attention_options(), name=name)(h)
+    return make(self.groups, self.dtype, **self.attention_options(h.shape[-1]), name=name)(h)
 
   @nn.nowrap
   def embed(self, noise: Array, cond: Mapping[str, Array]) -> Array:
@@ -174,7 +179,7 @@ class DDPMpp(UNet):
     return {'skip_scale': 0.5 ** 0.5, 'project': True}
 
   @nn.nowrap
-  def attention_options(self):
+  def attention_options(self, channels):
     return {'skip_scale': 0.5 ** 0.5, 'init_scale': 0.2}
 
   @nn.nowrap
@@ -249,7 +254,7 @@ class ADM(UNet):
     return {'scale_shift': True, 'epsilon': 1e-5, 'init_scale': 1 / 3}
 
   @nn.nowrap
-  def attention_options(self):
+  def attention_options(self, channels):
     return {'head_channels': self.head_channels, 'epsilon': 1e-5, 'init_scale': 1 / 3}
 
   @nn.nowrap

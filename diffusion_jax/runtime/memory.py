@@ -1,5 +1,6 @@
 """What lies in the memory of a device while it trains, part by part."""
 import math
+import os
 from typing import Any
 
 import jax
@@ -11,6 +12,14 @@ from diffusion_jax.runtime.state import TrainState
 def device_bytes(tree: Any) -> int:
   """The bytes that one device holds of a tree of arrays, or of ShapeDtypeStructs, with shardings."""
   return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def limit(device: jax.Device, sharing: int) -> float:
+  """The bytes that a device has: its own, or on CPU its part of the machine's, which `sharing` devices divide."""
+  stats = device.memory_stats() if device.platform != 'cpu' else None
+  if stats and 'bytes_limit' in stats:
+    return stats['bytes_limit']
+  return os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / sharing if device.platform == 'cpu' else math.inf
 
 
 def memory_table(compiled: jax.stages.Compiled, state: TrainState, batch: Any) -> list[tuple[str, int]]:

@@ -11,21 +11,27 @@ from diffusion_jax.runtime.config import build
 Schedule = Callable[[int], float]
 
 
-def learning_rate(peak: float, warmup_images: float, total_images: float, batch_size: int, decay: str) -> Schedule:
-  """step -> rate: linear from 0 over the warm-up, then 'constant', or 'cosine' to 0 at the end.
+def learning_rate(peak: float, warmup_images: float, total_images: float, batch_size: int, decay: str,
+                  steady_images: float = 0) -> Schedule:
+  """step -> rate: linear from 0 over the warm-up, then 'constant', or 'cosine' to 0 at the end, or 'inverse_sqrt'.
 
-  Raises ValueError if a number is negative or the decay unknown.
+  The last is peak / sqrt(images / steady_images) once that many images have been seen (Karras et al. 2024). Raises
+  ValueError if a number is negative or the decay unknown.
   """
-  for name, value in (('peak', peak), ('warmup_images', warmup_images)):
+  for name, value in (('peak', peak), ('warmup_images', warmup_images), ('steady_images', steady_images)):
     if value < 0:
       raise ValueError(f'learning_rate.{name} must be at least 0, got {value}')
   warmup = round(warmup_images / batch_size)
   total = max(round(total_images / batch_size), warmup + 1)
-  if decay not in ('constant', 'cosine'):
-    raise ValueError(f"learning_rate.decay must be 'constant' or 'cosine', got {decay!r}")
-  after = optax.constant_schedule(peak) if decay == 'constant' else optax.cosine_decay_schedule(peak, total - warmup)
+  after = {'constant': optax.constant_schedule(peak), 'cosine': optax.cosine_decay_schedule(peak, total - warmup),
+           'inverse_sqrt': lambda step: peak * jnp.minimum(steady_images / batch_size / (step + warmup + 1), 1) ** 0.5}
+  if decay not in after:
+    raise ValueError(f"learning_rate.decay must be 'constant', 'cosine' or 'inverse_sqrt', got {decay!r}")
+  if decay == 'inverse_sqrt' and not steady_images:
+    raise ValueError('learning_rate.steady_images must be above 0 for the decay inverse_sqrt, got 0: it says after how '
+                     'many images the rate begins to fall')
   # The first step of the warm-up already moves: a rate of 0 would waste a batch.
-  return optax.join_schedules([lambda step: peak * (step + 1) / max(warmup, 1), after], [warmup])
+  return optax.join_schedules([lambda step: peak * (step + 1) / max(warmup, 1), after[decay]], [warmup])
 
 
 def make(optimizer: Mapping, rate: Schedule, clip_norm: float,

@@ -3,7 +3,7 @@ import contextlib
 import math
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -114,19 +114,43 @@ def over_context(mesh: Mesh, size: int) -> Callable:
   """x [B, S, ...] -> x, within a jitted function, with the first spatial axis spread over 'context' if that is above 1.
 
   Convolutions exchange their borders then, and attention gathers keys and values. Raises ValueError if `size`, of that
-  axis, does not divide, or if parameters are split too: where an image is split over one axis and its kernel over
-  another, XLA (jaxlib 0.10 and 0.12) adds the parts of a convolution up over all devices, those that hold the same
-  part among them.
+  axis, does not divide. Not every convolution is right then: see `check_convolutions`.
   """
-  n, split = mesh.shape['context'], [name for name in ('fsdp', 'tensor') if mesh.shape[name] > 1]
+  n = mesh.shape['context']
   if n == 1:
     return lambda x: x
-  if split:
-    raise ValueError(f'mesh.{split[0]}={mesh.shape[split[0]]} and mesh.context={n} cannot both be above 1, since XLA '
-                     f'gets convolutions wrong whose image and kernel are both split: set one of them to 1')
   if size % n:
     raise ValueError(f'mesh.context must divide the first axis of an image: context {n}, size {size}')
   return lambda x: jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P(BATCH, 'context')))
+
+
+def check_convolutions(mesh: Mesh, program: Callable, *arguments: Any) -> None:
+  """Raises ValueError if a program, traced for `arguments`, has convolutions that XLA gets wrong on `mesh`.
+
+  Where an image is split over context and its kernel over another axis, or where a device keeps one row of it, XLA
+  (jaxlib 0.10 and 0.12) adds parts up over all devices, those that hold the same part among them.
+  """
+  n, split = mesh.shape['context'], [name for name in ('fsdp', 'tensor') if mesh.shape[name] > 1]
+  if n == 1 or math.prod(mesh.shape.values()) == n:  # every device has a part of its own
+    return
+  rows = min(_rows(jax.make_jaxpr(program)(*arguments).jaxpr), default=None)
+  if rows and split:
+    raise ValueError(f'mesh.{split[0]}={mesh.shape[split[0]]} and mesh.context={n} cannot both be above 1 for a net '
+                     f'with convolutions, since XLA gets those wrong whose image and kernel are both split: set one of '
+                     f'them to 1')
+  if rows and (rows % n or rows < 2 * n):
+    raise ValueError(f'mesh.context={n} must leave at least two rows of every convolution to a device, since XLA gets '
+                     f'fewer wrong, and one has {rows} rows: take at most {max(rows // 2, 1)}')
+
+
+def _rows(jaxpr: Any) -> Iterator[int]:
+  """The length of the first spatial axis of what each convolution of a program sees."""
+  for equation in jaxpr.eqns:
+    if equation.primitive.name == 'conv_general_dilated':
+      yield equation.invars[0].aval.shape[equation.params['dimension_numbers'].lhs_spec[2]]
+    for inner in jax.tree.leaves(equation.params, is_leaf=lambda value: hasattr(value, 'eqns')):
+      if hasattr(inner, 'eqns'):
+        yield from _rows(inner)
 
 
 def parse_rules(text: str) -> list[tuple[re.Pattern, tuple]]:
