@@ -130,3 +130,25 @@ def test_pixels_round_trip_and_clip():
   np.testing.assert_array_equal(decode(jnp.array([-1e9, -1.1, -1, 1, 1.1, 1e9, jnp.inf])),
                                 [0, 0, 0, 255, 255, 255, 255])
   assert decode(x).dtype == jnp.uint8
+
+
+@pytest.mark.parametrize(('mask', 'causal'), [(False, False), (True, False), (False, True), (True, True)])
+def test_attention_is_its_formula_and_so_is_its_gradient(mask, causal):
+  query, key, value = normal(2, 5, 3, 4), normal(2, 5, 3, 4, seed=1), normal(2, 5, 3, 4, seed=2)
+  seen = np.ones((2, 3, 5, 5), bool)
+  if mask:
+    seen[1, :, :, 3:] = False
+  if causal:
+    seen &= np.tril(np.ones((5, 5), bool))
+
+  def formula(query, key, value):
+    scores = jnp.einsum('btnh,blnh->bntl', query, key) / 2  # sqrt(4)
+    weights = jnp.where(seen, jnp.exp(scores), 0)
+    return jnp.einsum('bntl,blnh->btnh', weights / weights.sum(-1, keepdims=True), value)
+
+  ours = lambda *a: layers.attention(*a, seen[:, :1] if mask else None, causal)
+  inputs = tuple(jnp.asarray(a, jnp.float32) for a in (query, key, value))
+  np.testing.assert_allclose(jit(ours)(*inputs), formula(*inputs), atol=1e-6)
+  gradients = (jax.grad(lambda *a, f=f: jnp.sin(f(*a)).sum(), (0, 1, 2))(*inputs) for f in (ours, formula))
+  for mine, plain in zip(*gradients, strict=True):
+    np.testing.assert_allclose(mine, plain, atol=2e-6)

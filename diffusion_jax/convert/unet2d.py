@@ -65,12 +65,10 @@ def config(net: UNet | ADM, size: int, channels: int = 3) -> dict[str, Any]:
   Raises UserError for a network that is no UNet2DModel: of another family, or with inputs of images or augmentation.
   """
   family = type(net)
-  if family not in OWN:
-    raise UserError(f'diffusers has networks like {" and ".join(one.__name__ for one in OWN)} as UNet2DModel, and none '
-                    f'like {family.__name__}')
-  if net.image or getattr(net, 'augment', 0):
-    raise UserError(f'UNet2DModel has no inputs of images or augmentation, and this network has image {net.image} and '
-                    f'augment {getattr(net, "augment", 0)}')
+  own = {key: getattr(net, key, 0) for key in ('image', 'augment')}
+  if family not in OWN or any(own.values()):
+    raise UserError(f'a network can be written as UNet2DModel if it is of {" or ".join(f.__name__ for f in OWN)} '
+                    f'without image or augment, got {family.__name__}, image {own["image"]}, augment {own["augment"]}')
   attends = [size >> level in net.attention for level in range(len(net.multipliers))]
   own = {'attention_head_dim': net.head_channels or None, 'attn_norm_num_groups': net.groups} if family is ADM else {}
   labels = net.num_classes + (family is UNet) if net.num_classes else None

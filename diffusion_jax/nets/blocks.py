@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from diffusion_jax.nets.layers import Conv, Dense, GroupNorm
+from diffusion_jax.nets.layers import Conv, Dense, GroupNorm, attention
 from diffusion_jax.nets.resample import BOX, blur, down, up
 
 Array = jax.Array
@@ -77,7 +77,7 @@ class SelfAttention(nn.Module):
         Dense(channels, init_scale=self.init_scale, dtype=self.dtype, name=name)(h).reshape(
             len(x), math.prod(x.shape[1:-1]), channels // width, width)
         for name in ('query', 'key', 'value'))
-    h = jax.nn.dot_product_attention(query, key, value).reshape(x.shape)
+    h = attention(query, key, value).reshape(x.shape)
     return _scaled(x + Dense(channels, init_scale=0.0, dtype=self.dtype, name='out')(h), self.skip_scale)
 
 

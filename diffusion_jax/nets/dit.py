@@ -6,6 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from diffusion_jax.nets import layers
 from diffusion_jax.nets.blocks import cosines_and_sines, with_image
 from diffusion_jax.nets.layers import Dense
 
@@ -224,7 +225,7 @@ class Block(Stream):
 
   def __call__(self, h: Array, emb: Array) -> Array:
     qkv, rest = self.enter(h, emb)
-    return self.leave(h, jax.nn.dot_product_attention(*qkv), rest)
+    return self.leave(h, layers.attention(*qkv), rest)
 
 
 class JointBlock(nn.Module):
@@ -243,8 +244,8 @@ class JointBlock(nn.Module):
     of_text, text_rest = text_stream.enter(text, emb)
     query, key, value = (jnp.concatenate(pair, 1) for pair in zip(of_image, of_text, strict=True))
     seen = jnp.concatenate([jnp.ones(h.shape[:2], bool), mask], 1)
-    attended = jax.nn.dot_product_attention(query[:, :h.shape[1]] if self.last else query, key, value,
-                                            mask=seen[:, None, None, :])
+    attended = layers.attention(query[:, :h.shape[1]] if self.last else query, key, value,
+                                mask=seen[:, None, None, :])
     if not self.last:
       text = text_stream.leave(text, attended[:, h.shape[1]:], text_rest)
     return image_stream.leave(h, attended[:, :h.shape[1]], rest), text

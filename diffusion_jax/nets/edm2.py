@@ -119,7 +119,7 @@ class Block(nn.Module):
       return x
     h = MPConv(3 * self.features, dtype=self.dtype, name='attention_in')(x)
     h = normalise(h.reshape(len(x), math.prod(x.shape[1:-1]), 3, self.heads, -1))
-    h = jax.nn.dot_product_attention(*(h[:, :, i] for i in range(3))).reshape(x.shape)
+    h = layers.attention(*(h[:, :, i] for i in range(3))).reshape(x.shape)
     return mp_sum(x, MPConv(self.features, dtype=self.dtype, name='attention_out')(h), self.balance)
 
 

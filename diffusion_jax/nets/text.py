@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diffusion_jax.nets.layers import Dense
+from diffusion_jax.nets.layers import Dense, attention
 
 Array = jax.Array
 
@@ -75,7 +75,7 @@ class Layer(nn.Module):
     y = norm('norm_0')(h)
     query, key, value = (dense(self.width, name)(y).reshape(*y.shape[:2], self.heads, -1)
                          for name in ('query', 'key', 'value'))
-    y = jax.nn.dot_product_attention(query, key, value, mask=mask, is_causal=causal).reshape(h.shape)
+    y = attention(query, key, value, mask, causal).reshape(h.shape)
     h = h + dense(self.width, 'out')(y)
     return h + dense(self.width, 'mlp_out')(self.activation(dense(self.mlp, 'mlp_in')(norm('norm_1')(h))))
 

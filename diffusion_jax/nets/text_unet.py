@@ -133,7 +133,7 @@ class Attention(nn.Module):
     query, key, value = (
         _Product(channels, self.dtype, name=name)(a).reshape(*a.shape[:2], self.heads, channels // self.heads)
         for name, a in (('query', h), ('key', what), ('value', what)))
-    seen = jax.nn.dot_product_attention(query, key, value, mask=None if mask is None else mask[:, None, None])
+    seen = layers.attention(query, key, value, mask=None if mask is None else mask[:, None, None])
     if mask is not None:
       seen = jnp.where(mask.any(1)[:, None, None, None], seen, 0)
     return Dense(channels, dtype=self.dtype, name='out')(seen.reshape(h.shape))
