@@ -15,11 +15,11 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 from test_train import assert_same, run_steps
 
-from diffusion_jax import folder, train
 from diffusion_jax import model as model_lib
+from diffusion_jax import train
 from diffusion_jax.nets import blocks, layers
 from diffusion_jax.runtime import config as config_lib
-from diffusion_jax.runtime import log, sharding
+from diffusion_jax.runtime import sharding
 from diffusion_jax.runtime.checkpoint import Checkpoints
 from diffusion_jax.runtime.config import UserError
 from diffusion_jax.step import Metrics, compile_step, initialise
@@ -232,17 +232,6 @@ def test_a_run_moves_over_meshes_and_ends_the_same(tmp_path, monkeypatch):
   start = Run(tmp_path / 'none').steps(one, 0, 0)
   assert np.abs(np.asarray(whole.params['net']['conv_in']['kernel'])
                 - np.asarray(start.params['net']['conv_in']['kernel'])).max() > 1e-2  # it went somewhere
-
-
-def test_a_run_continues_on_another_machine_without_override(tmp_path):
-  """Where it runs may differ, and is recorded; what it computes may not, and is all that the message names."""
-  folder.claim(tmp_path, tiny_config(), False)
-  folder.claim(tmp_path, tiny_config(mesh__data=2, data__workers=3), False)
-  assert config_lib.from_json(tmp_path / 'config.json').mesh.data == 2
-  assert log.read_lines(tmp_path / 'overrides.jsonl')[0]['changed'] == ['data.workers: 0 -> 3', 'mesh.data: 1 -> 2']
-  with pytest.raises(UserError, match=r'another config \(seed: 0 -> 7\): '):
-    folder.claim(tmp_path, tiny_config(mesh__fsdp=2, seed=7), False)
-  assert config_lib.from_json(tmp_path / 'config.json').mesh.data == 2
 
 
 @pytest.mark.parametrize(('kinds', 'words'), [

@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 from conftest import tiny_config
 
+from diffusion_jax import folder, train
 from diffusion_jax import model as model_lib
 from diffusion_jax import step as step_lib
-from diffusion_jax import train
 from diffusion_jax.core import ema
+from diffusion_jax.runtime import config as config_lib
 from diffusion_jax.runtime import log, sharding
 from diffusion_jax.runtime.checkpoint import Checkpoints
 from diffusion_jax.runtime.config import UserError, spec
@@ -179,3 +180,14 @@ def test_dry_run_prints_and_writes_nothing(capsys):
   out = capsys.readouterr().out
   for words in ('conv_in/kernel', 'FLOPs of a step', 'memory of a device', 'train state', '16 x (8, 8, 1)'):
     assert words in out
+
+
+def test_a_run_continues_on_another_machine_without_override(tmp_path):
+  """Where it runs may differ, and is recorded; what it computes may not, and is all that the message names."""
+  folder.claim(tmp_path, tiny_config(), False)
+  folder.claim(tmp_path, tiny_config(mesh__data=2, data__workers=3), False)
+  assert config_lib.from_json(tmp_path / 'config.json').mesh.data == 2
+  assert log.read_lines(tmp_path / 'overrides.jsonl')[0]['changed'] == ['data.workers: 0 -> 3', 'mesh.data: 1 -> 2']
+  with pytest.raises(UserError, match=r'another config \(seed: 0 -> 7\): '):
+    folder.claim(tmp_path, tiny_config(mesh__fsdp=2, seed=7), False)
+  assert config_lib.from_json(tmp_path / 'config.json').mesh.data == 2

@@ -65,10 +65,11 @@ def config(net: UNet | ADM, size: int, channels: int = 3) -> dict[str, Any]:
   Raises UserError for a network that is no UNet2DModel: of another family, or with inputs of images or augmentation.
   """
   family = type(net)
-  own = {key: getattr(net, key, 0) for key in ('image', 'augment')}
-  if family not in OWN or any(own.values()):
+  more = {key: getattr(net, key, 0) for key in ('image', 'augment')}
+  if family not in OWN or any(more.values()):
     raise UserError(f'a network can be written as UNet2DModel if it is of {" or ".join(f.__name__ for f in OWN)} '
-                    f'without image or augment, got {family.__name__}, image {own["image"]}, augment {own["augment"]}')
+                    f'without image or augment, got {family.__name__}, image {more["image"]}, '
+                    f'augment {more["augment"]}')
   attends = [size >> level in net.attention for level in range(len(net.multipliers))]
   own = {'attention_head_dim': net.head_channels or None, 'attn_norm_num_groups': net.groups} if family is ADM else {}
   labels = net.num_classes + (family is UNet) if net.num_classes else None
