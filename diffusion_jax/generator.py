@@ -62,14 +62,14 @@ class Generator:
       one = lambda x: model.codec.decode(params.get('codec', {}), x)
       return one(x) if x.ndim == 1 + len(model.shape) else jax.lax.map(one, x)
 
-    other = None if negative == -1 else model.labels([negative])[0]  # a number, or the tokens of a text
+    # What guidance leads away from: a number or the tokens of a text, and whether it is dropped: one program for all.
+    plain = negative == -1
+    self._led_from = model.labels(['' if model.text else 0] if plain else [negative])[0], np.bool_(plain)
 
-    def generate(params, root, grid, ids, about):
+    def generate(params, root, grid, led_from, ids, about):
       keys = jax.vmap(lambda i: jax.random.fold_in(root, i))(ids)
-      if other is None:
-        ref = model.cond(params, about, jnp.ones(len(ids), bool))
-      else:
-        ref = model.cond(params, {**about, **model.about(jnp.broadcast_to(other, (len(ids), *other.shape)))})
+      other, dropped = (jnp.broadcast_to(a, (len(ids), *a.shape)) for a in led_from)
+      ref = model.cond(params, {**about, **model.about(other)}, dropped)
       denoise = guided(model.denoiser(params, model.cond(params, about)), model.denoiser(params, ref), config)
       x = samplers.prior(keys, model.shape, jax.tree.map(lambda a: a[0], grid))
       found = samplers.solve(sampler, denoise, x, grid, keys, trajectory)
@@ -108,7 +108,7 @@ class Generator:
     where = lambda tree, axes: jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=axes), tree)
     ids = jax.ShapeDtypeStruct((self.batch_size,), jnp.uint32)
     shared, each = sharding.replicated(self.mesh), sharding.batch(self.mesh)
-    return self._generate.trace(params, *where((self._root, self.grid), shared),
+    return self._generate.trace(params, *where((self._root, self.grid, self._led_from), shared),
                                 *where((ids, self._model.about_shapes(self.batch_size)), each))
 
   def __call__(self, params: Any, ids: Sequence[int], labels: Sequence[int] | Sequence[str],
@@ -129,7 +129,7 @@ class Generator:
   def _arguments(self, params: Any, ids: np.ndarray, labels: Sequence[int] | Sequence[str],
                  image: np.ndarray | None = None) -> tuple:
     grid = self._grid_of(params['process']) if jax.tree.leaves(params['process']) else self.grid
-    root, grid = distributed.everywhere((self._root, grid), sharding.replicated(self.mesh))
+    shared = distributed.everywhere((self._root, grid, self._led_from), sharding.replicated(self.mesh))
     padded = lambda a: np.resize(a, (self.batch_size, *a.shape[1:]))  # repeats, or zeros from an empty array
     about = self._model.about(padded(self._model.labels(labels)))
     if 'image' in (shapes := self._model.about_shapes(self.batch_size)):
@@ -137,7 +137,7 @@ class Generator:
         raise UserError('this model draws the rest of a picture that it is given, and it is given none')
       about['image'] = padded(np.zeros((0, *shapes['image'].shape[1:])) if image is None else image).astype(np.float32)
     each = distributed.everywhere((padded(ids.astype(np.uint32)), about), sharding.batch(self.mesh))
-    return params, root, grid, *each
+    return params, *shared, *each
 
 
 def guided(denoise: Denoise, ref: Denoise, config: Config) -> Denoise:

@@ -3,6 +3,7 @@ converted is refused in one sentence and leaves nothing behind.
 
 What compares with diffusers needs the extra `parity`; without it these tests are skipped.
 """
+import functools
 import json
 import shutil
 
@@ -19,6 +20,7 @@ from diffusion_jax import trained as trained_lib
 from diffusion_jax.convert import __main__ as convert
 from diffusion_jax.convert import controlnet, files, unet_condition
 from diffusion_jax.core import levels, samplers, schedules
+from diffusion_jax.generator import Generator
 from diffusion_jax.nets.controlnet import ControlNet
 from diffusion_jax.nets.text_unet import TextUNet
 from diffusion_jax.runtime import command
@@ -129,12 +131,21 @@ def test_half_precision_is_what_it_says(text_run, tmp_path):
 # The images
 
 
-def test_prompts_and_what_they_lead_away_from_change_the_image(text_run):
-  at = lambda *more: draw(text_run, '--guidance=3', *more)
-  cat = at('--prompt=the cat')
+@pytest.fixture(scope='module')
+def loaded(text_run):
+  """draw(prompt, params=None, **changes of the Generator) -> images, and the model with its parameters."""
+  def choose(config):
+    config.sample.update({'steps': STEPS, 'batch_size': 8, 'guidance': 3.0})
+  found = trained_lib.restore(text_run, '', None, choose)
+  make = functools.cache(lambda **more: Generator(found.model, found.model.config.sample, 0, found.mesh, **more))
+  return lambda prompt, params=found.params, **more: make(**more)(params, range(8), [prompt] * 8), found
+
+
+def test_prompts_and_what_they_lead_away_from_change_the_image(loaded):
+  at, _ = loaded
+  cat = at('the cat')
   assert cat.shape == (8, 16, 16, 3)
-  assert not np.array_equal(cat, at('--prompt=photo'))
-  assert not np.array_equal(cat, at('--prompt=the cat', '--negative=hat'))
+  assert not np.array_equal(cat, at('photo')) and not np.array_equal(cat, at('the cat', negative='hat'))
 
 
 def test_text_to_image_is_that_of_diffusers(text_folder, text_run):
@@ -142,11 +153,11 @@ def test_text_to_image_is_that_of_diffusers(text_folder, text_run):
   torch = pytest.importorskip('torch', reason=WHY.format('torch'))
   diffusers = pytest.importorskip('diffusers', reason=WHY.format('diffusers'))
   pytest.importorskip('transformers', reason=WHY.format('transformers'))
-  ours = draw(text_run, '--prompt=The cat, a photo', '--negative=hat', '--guidance=4')
+  ours = draw(text_run, '--prompt=The cat, a photo', '--negative=hat', '--guidance=3')
   pipe = diffusers.DiffusionPipeline.from_pretrained(text_folder, local_files_only=True)
   assert type(pipe).__name__ == 'StableDiffusionPipeline'
   pipe.set_progress_bar_config(disable=True)
-  theirs = pipe(['The cat, a photo'] * 8, negative_prompt=['hat'] * 8, guidance_scale=4.0, num_inference_steps=STEPS,
+  theirs = pipe(['The cat, a photo'] * 8, negative_prompt=['hat'] * 8, guidance_scale=3.0, num_inference_steps=STEPS,
                 latents=torch.tensor(start_of(text_run)), output_type='np').images
   assert theirs.std() > 0.05
   np.testing.assert_allclose(ours, theirs, atol=2 / 255)
@@ -250,7 +261,7 @@ def test_prompts_need_a_model_of_text(trained, capsys):
 # LoRA
 
 
-def test_a_lora_file_changes_samples_and_comes_back(text_folder, text_run, tmp_path):
+def test_a_lora_file_changes_samples_and_comes_back(text_folder, text_run, loaded, tmp_path):
   from diffusion_jax.convert import lora as lora_files
   from diffusion_jax.nets import lora
   net = unet_condition.net(files.read_config(text_folder / 'unet'))
@@ -258,9 +269,13 @@ def test_a_lora_file_changes_samples_and_comes_back(text_folder, text_run, tmp_p
   adapters = jax.tree.map(np.asarray, filled(lora.init(jax.random.key(0), shapes, 2)))
   lora_files.write(tmp_path / 'lora', {'unet': (table, shapes)}, {'unet': adapters})
   file = tmp_path / 'lora' / lora_files.NAME
-  plain = draw(text_run, '--prompt=the cat', '--guidance=1')
-  np.testing.assert_array_equal(draw(text_run, '--prompt=the cat', '--guidance=1', f'--lora={file}=0'), plain)
-  assert not np.array_equal(draw(text_run, '--prompt=the cat', '--guidance=1', f'--lora={file}'), plain)
+  at, found = loaded
+  plain, with_it = at('the cat'), lambda scale: at('the cat', bridge.adapted(found, [f'{file}={scale}']).params)
+  np.testing.assert_array_equal(with_it(0), plain)
+  assert not np.array_equal(with_it(1), plain)
+  for text, message in [(f'{file}=much', 'must be FILE or FILE=SCALE'), (f'{file}.none=1', 'there is no')]:
+    with pytest.raises(config_lib.UserError, match=message):
+      bridge.adapted(found, [text])
   assert run('from-diffusers', file, '--workdir', tmp_path / 'ours', '--base', text_run) == 0
   assert run('to-diffusers', tmp_path / 'ours', tmp_path / 'back') == 0
   before, after = files.read_safetensors(file), files.read_safetensors(tmp_path / 'back' / lora_files.NAME)

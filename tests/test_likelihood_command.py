@@ -17,6 +17,7 @@ from diffusion_jax.data import sources
 from diffusion_jax.runtime import command, log
 from diffusion_jax.runtime.checkpoint import Checkpoints
 from diffusion_jax.runtime.config import spec, to_json
+from diffusion_jax.trained import restore
 
 RECORD = {'metric', 'value', 'ci', 'ci_level', 'unit', 'bound', 'evaluation', 'run', 'step', 'images', 'ema', 'seed',
           'batch_size', 'nfe', 'num_samples', 'split', 'reference', 'reference_hash', 'reference_samples', 'time',
@@ -132,7 +133,7 @@ def test_values_are_the_cores_on_the_same_keys(own_run):
   """Of a trained net with labels: an example's value is a function of the seed, its index and its label."""
   records = run(own_run, '--num=10', '--steps=8', '--times=3', '--seed=5')
   assert [r['metric'] for r in records.values()] == [f'bits_per_dim_{name}_10' for name in command_lib.ESTIMATORS]
-  trained = model_lib.restore(own_run, '', None, lambda config: None)
+  trained = restore(own_run, '', None, lambda config: None)
   model, process = trained.model, trained.model.diffusion.process
   labels = sources.arrays(sources.load('digits', 'test'))[1]
   chosen = arrays(own_run, records['ode'])['example']

@@ -167,7 +167,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
     ({'mesh__data': 3, 'mesh__fsdp': 3}, 'does not fit on 8 devices'),
     ({'net__num_classes': 7}, 'num_classes is 7, but the data has 10 classes'),
     ({'optimizer': 'adam(b1=2.0)', 'clip_norm': -1.0}, 'clip_norm must be at least 0'),
-    ({'learning_rate__decay': 'linear'}, "must be 'constant' or 'cosine', got 'linear'"),
+    ({'learning_rate__decay': 'linear'}, "must be 'constant', 'cosine' or 'inverse_sqrt', got 'linear'"),
 ])
 def test_bad_input_is_refused_before_anything_is_written(tmp_path, changes, words):
   with pytest.raises(UserError, match=words):
