@@ -111,6 +111,8 @@ def main(argv: Sequence[str] | None = None) -> int:
   ids = parse_numbers('--ids', flags.ids) if flags.ids else list(range(flags.num or 64))
   trained, config = open_run(flags)
   model = trained.model
+  if flags.prompt and flags.labels:
+    raise UserError(f'--prompt and --labels={flags.labels} both say what is drawn: give one of the two')
   if flags.prompt:
     labels = [flags.prompt[i % len(flags.prompt)] for i in range(len(ids))]
   else:

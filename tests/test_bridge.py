@@ -256,6 +256,9 @@ def test_prompts_need_a_model_of_text(trained, capsys):
   from diffusion_jax import sample
   assert command.run(sample.main, [f'--workdir={trained}', '--prompt=a cat', '--num=8', '--batch_size=8']) == 2
   assert 'a prompt needs a model of text' in capsys.readouterr().err
+  flags = [f'--workdir={trained}', '--prompt=a cat', '--labels=3', '--num=8', '--batch_size=8']
+  assert command.run(sample.main, flags) == 2
+  assert 'both say what is drawn' in capsys.readouterr().err
 
 
 # LoRA
