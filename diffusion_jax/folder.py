@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffusion_jax import model as model_lib
+from diffusion_jax.convert import tokenizer
 from diffusion_jax.core import schedules
 from diffusion_jax.data import card, sources
-from diffusion_jax.model import Model
+from diffusion_jax.model import TOKENIZER, Model
 from diffusion_jax.runtime import config as config_lib
 from diffusion_jax.runtime import log, optim
 from diffusion_jax.runtime.config import Config, UserError, explain
@@ -57,10 +58,13 @@ def claim(workdir: pathlib.Path, config: Config, allow_changes: bool) -> None:
 
 
 def write_about(workdir: pathlib.Path, model: Model, source: sources.Source, parameters: int) -> None:
-  """The records that say what is trained on what: data.json, schedule.json, run.json."""
+  """The records that say what is trained on what: data.json, schedule.json, run.json; and a copy of its tokenizer."""
   log.write_json(workdir / 'data.json', {
       'source': source.name, 'split': source.split, 'shape': source.shape, 'num_examples': len(source),
       'num_classes': source.num_classes, 'class_names': source.class_names})
+  place = model.config.text.get('tokenizer', '')
+  if place and not (workdir / TOKENIZER).exists():  # prompts are read in years to come, wherever that folder is then
+    tokenizer.read(pathlib.Path(place)).write(workdir / TOKENIZER)
   process, t = model.diffusion.process, np.linspace(0, 1, 201)
   start = process.init(model_lib.key(model.config.seed, 'init'))  # a learned schedule's: where training begins
   level = process.path.level(jnp.asarray(schedules.evaluate(process, t, start), jnp.float32))

@@ -8,7 +8,7 @@ import numpy as np
 
 from diffusion_jax.convert import autoencoder, clip, files
 from diffusion_jax.model import Model
-from diffusion_jax.runtime import snapshots
+from diffusion_jax.runtime import paths, snapshots
 from diffusion_jax.runtime.config import UserError
 from diffusion_jax.runtime.state import TrainState, named_leaves
 from diffusion_jax.trained import restore
@@ -25,7 +25,7 @@ def load(model: Model, abstract: TrainState) -> dict[str, Any]:
   """
   config, parts = model.config, {}
   if config.start:
-    there = restore(pathlib.Path(config.start), '', None, lambda config: None).params
+    there = restore(paths.folder(config.start), '', None, lambda config: None).params
     parts = {name: jax.tree.map(snapshots.on_host, there[name]) for name in ('net', 'text', 'codec') if name in there}
   for name, convert in ENCODERS.items():
     part = getattr(model, name)

@@ -97,11 +97,12 @@ def test_clip_is_read_from_its_folder_and_never_trained(tmp_path):
               weights=str(tmp_path / 'clip'), tokenizer=str(tmp_path / 'tokenizer'))
   assert train.train(text_config(text=text), tmp_path / 'run') == 0
   (tmp_path / 'tokenizer').rename(tmp_path / 'elsewhere')  # the run has a copy
+  model_lib._read_tokenizer.cache_clear()
   found = restored(tmp_path / 'run')
   assert not changed(found.params['text'], params)
   assert found.model.labels(['the cat']).shape == (1, 77)
   with pytest.raises(UserError, match='is not trained, and has no parameters'):
-    text.weights = ''
+    text.update({'weights': '', 'tokenizer': str(tmp_path / 'elsewhere')})
     train.train(text_config(text=text), tmp_path / 'other')
   assert not (tmp_path / 'other').exists()
 

@@ -95,7 +95,7 @@ class Tokenizer:
   def write(self, folder: pathlib.Path) -> None:
     """Writes the files that were read to another folder, each whole or not at all."""
     for name, data in self.files.items():
-      log.write(pathlib.Path(folder) / name, data)
+      log.write(folder / name, data)
 
   def _encode(self, text: str) -> Iterator[int]:
     try:

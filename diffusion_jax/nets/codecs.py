@@ -30,7 +30,6 @@ def integers(x: Array) -> Array:
 @dataclasses.dataclass(frozen=True)
 class Pixels:
   """The identity."""
-  weights: str = ''
 
   def latent(self, shape: Sequence[int]) -> tuple[int, ...]:
     return tuple(shape)
