@@ -16,7 +16,10 @@ ARRAY = re.compile(r'\b([a-z]+\d*\w*)\[([\d,]*)\]')
 
 
 class Collective(NamedTuple):
-  """All collectives of one kind and type that a device takes part in, in one run of a program."""
+  """All collectives of one kind and type that a device takes part in, in one run of a program.
+
+  One that XLA has combined of several types counts with each.
+  """
   kind: str
   dtype: str
   count: int
@@ -41,7 +44,7 @@ def collectives(text: str, num_devices: int) -> list[Collective]:
       for dtype, dims in ARRAY.findall(shape):
         if not (start and kind == 'collective-permute' and not dims):  # its two counters
           sizes[dtype] += math.prod(map(int, filter(None, dims.split(',')))) * bits(dtype) / 8
-      for i, (dtype, size) in enumerate(sizes.items()):
+      for dtype, size in sizes.items():
         if start and kind == 'all-gather':  # the type has operands and results
           size *= group / (group + 1)
         elif start and kind == 'collective-permute':
@@ -49,7 +52,7 @@ def collectives(text: str, num_devices: int) -> list[Collective]:
         elif kind == 'reduce-scatter':
           size *= group
         entry = found[kind, dtype]
-        entry[0] += repeats * (i == 0)
+        entry[0] += repeats
         entry[1] += repeats * size
         entry[2] += repeats * size * _sent(kind, group)
   rows = [Collective(*key, count, round(size), round(sent)) for key, (count, size, sent) in found.items()]
