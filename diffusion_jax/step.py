@@ -118,13 +118,14 @@ def make_step(model: Model, optimizer: optax.GradientTransformation, where: Trai
     zeros = jax.tree.map(jnp.zeros_like, state.params)
     grads, seen = loop(accumulate, zeros, jnp.arange(parts))
     losses, corrected, level = jax.tree.map(lambda a: a.swapaxes(0, 1).ravel(), seen)  # in the batch's order again
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
-    project = getattr(model.net, 'project', None)
-    if project and 'net' in params:  # a net whose weights keep their norm (EDM2)
-      params = {**params, 'net': project(params['net'])}
-    emas = {name: ema.update(average, params, rates[name](state.step, size))
-            for name, average in fetch_averages(state.emas).items()}
+    with jax.named_scope('update'):
+      updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+      params = optax.apply_updates(state.params, updates)
+      project = getattr(model.net, 'project', None)
+      if project and 'net' in params:  # a net whose weights keep their norm (EDM2)
+        params = {**params, 'net': project(params['net'])}
+      emas = {name: ema.update(average, params, rates[name](state.step, size))
+              for name, average in fetch_averages(state.emas).items()}
     metrics = metrics.merge(Metrics.single_from_model_output(
         loss=corrected.mean(), grad_norm=optax.tree.norm(grads), losses=losses, logsnr=level.logsnr))
     remembered = draw.update(state.draw, level, losses, process, state.params['process'])

@@ -84,6 +84,7 @@ class Conv(nn.Module):
                   functools.partial(_conv_kernel_grad, stride=self.stride, size=self.size), x, kernel, bias, self.dtype)
 
 
+@jax.named_scope('attention')
 def attention(query: Array, key: Array, value: Array, mask: Array | None = None, causal: bool = False) -> Array:
   """softmax(query key^T / sqrt(H)) value of each head: query [B, T, N, H], key and value [B, L, N, H] -> as query.
 
