@@ -20,6 +20,8 @@ from diffusion_jax.runtime.state import num_parameters
 from diffusion_jax.step import Metrics
 from diffusion_jax.topology import as_if_on, explained
 
+PLANNED = 64  # samples in the batch of a config that leaves it to the machine
+
 
 class Program(NamedTuple):
   """What is known of one compiled program; bytes are of one device."""
@@ -48,11 +50,6 @@ def model_on(config: Config, devices: Sequence[Any] | None = None) -> tuple[Mode
     raise UserError(f'the mesh {dict(mesh.shape)} leaves some of the {len(devices)} devices idle: '
                     f'the product of its axes must be their number')
   return model_lib.make(config, shape, num_classes, captions), mesh
-
-
-def lanes_of(mesh: Mesh) -> int:
-  """Among how many devices a batch is divided."""
-  return mesh.shape['data'] * mesh.shape['fsdp']
 
 
 def placed(tree: Any, where: jax.sharding.Sharding) -> Any:
@@ -91,11 +88,11 @@ def step_on(model: Model, mesh: Mesh, platform: str, examples: int = 0) -> tuple
 def sampler_on(model: Model, mesh: Mesh, platform: str) -> tuple[Any, Callable, Generator]:
   """The sampler of config.sample as it is traced for `mesh`, compiled -> the rows of its memory, and its generator.
 
-  Its batch is config.sample.batch_size, made a multiple of the devices that share it.
+  Its batch is config.sample.batch_size, or 64 where that is 0, made a multiple of the devices that share it.
   """
-  config, lanes = model.config.sample, lanes_of(mesh)
+  config, lanes = model.config.sample, sharding.lanes_of(mesh)
   with model.config.unlocked():
-    settings = Config({**config, 'batch_size': config.batch_size // lanes * lanes or lanes})
+    settings = Config({**config, 'batch_size': (config.batch_size or PLANNED) // lanes * lanes or lanes})
   generator = Generator(model, settings, model.config.seed, mesh)
   params = model_lib.abstract_params(model, mesh)
   with as_if_on(platform):

@@ -1,6 +1,7 @@
 """`diffusion-jax <command>`, the same as `python -m diffusion_jax.<command>`."""
 import difflib
 import importlib
+import os
 import sys
 
 COMMANDS = {
@@ -21,8 +22,21 @@ COMMANDS = {
 
 
 def main() -> int:
+  """The command that the first word names; 141 if who read its output has gone: `| head`."""
+  try:
+    try:
+      status = run(sys.argv[1:])
+    except SystemExit as e:  # argparse, after --help
+      status = e.code or 0
+    sys.stdout.flush()  # here, since what this raises at exit nobody can catch
+    return status
+  except BrokenPipeError:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 141
+
+
+def run(words: list[str]) -> int:
   """Imports the command that the first word names and runs it; help costs no import of jax."""
-  words = sys.argv[1:]
   if not words or words[0] in ('-h', '--help', 'help'):
     print('usage: diffusion-jax COMMAND [flags]\n')
     for name, what in COMMANDS.items():

@@ -10,7 +10,7 @@ from diffusion_jax.metrics import features, frechet, reference, weights
 from diffusion_jax.metrics.features import Extractor
 from diffusion_jax.metrics.reference import Reference
 from diffusion_jax.model import default_config, open_data
-from diffusion_jax.runtime import command, log, sharding
+from diffusion_jax.runtime import backend, command, log
 from diffusion_jax.runtime.config import UserError, explain, from_json
 
 KEPT = 50_000  # features kept beside the moments; of more images, a random part
@@ -85,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   flags, overrides = p.parse(argv)
   if overrides:
     raise UserError(f'encode takes no config: --config.{next(iter(overrides))} is for train')
-  sharding.use_cpu_cores(features.BATCH)
+  backend.prepare(features.BATCH)
   if bool(flags.workdir) == bool(flags.source):
     raise UserError('give either --workdir, a run whose data is meant, or --source')
   if flags.out and not flags.out.endswith('.safetensors'):

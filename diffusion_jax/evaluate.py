@@ -20,7 +20,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from diffusion_jax import audit, efficiency, encode
+from diffusion_jax import audit, capacity, efficiency, encode
 from diffusion_jax.data import sources
 from diffusion_jax.drawn import Samples
 from diffusion_jax.generator import Generator, labels_of
@@ -59,7 +59,8 @@ class Evaluator:
   def step(self, step: int | None) -> None:
     """Every evaluation of a checkpoint, the newest if `step` is None."""
     for ema in self.emas:
-      trained, sampling = open_run(argparse.Namespace(**{**vars(self.flags), 'ema': ema, 'step': step}), apart=True)
+      trained, sampling = open_run(argparse.Namespace(**{**vars(self.flags), 'ema': ema, 'step': step}), apart=True,
+                                   wanted=self.num)
       if self.against is None:
         self._generators(trained, sampling)
         self.against = [self._against(text) for text in (self.flags.features or self.config.eval.features).split(',')]
@@ -74,7 +75,9 @@ class Evaluator:
     """A generator for each point: settings that do not fit are known before anything is computed."""
     for point in self.sweep:
       settings = self._settings(sampling, point)
-      self.generators[point] = Generator(trained.model, settings, 0, trained.mesh), settings
+      generator = capacity.fitted(Generator(trained.model, settings, 0, trained.mesh), trained.params,
+                                  -(-self.num // distributed.count()))
+      self.generators[point] = generator, Config({**settings, 'batch_size': generator.batch_size})
 
   @staticmethod
   def _settings(sampling, point):

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from diffusion_jax import capacity
 from diffusion_jax import model as model_lib
 from diffusion_jax.core import adaptive, guidance, samplers
 from diffusion_jax.core.types import Denoise, Denoiser, Level
@@ -23,6 +24,8 @@ from diffusion_jax.runtime.config import Config, UserError, build, explain
 
 class Generator:
   """generate(params, ids, labels) -> images, compiled once for one batch shape.
+
+  Where config.batch_size is 0 it has none yet: see `resized`, and capacity.fitted, which chooses it.
 
   config: the sampling settings (config.sample); seed: of all samples; labels: as `Model.labels` takes them, numbers or,
   for a model of text, prompts.
@@ -80,8 +83,18 @@ class Generator:
 
   def reseeded(self, seed: int) -> 'Generator':
     """The same, compiled too, with another seed of all samples."""
-    other = copy.copy(self)
+    other = self._copied()
     other._root = model_lib.key(seed, 'sample')
+    return other
+
+  def resized(self, batch_size: int) -> 'Generator':
+    """The same for batches of another size, not compiled yet; it must be a multiple of the devices that share one."""
+    other = self._copied()
+    other.batch_size, other._compiled, other.compile_seconds = batch_size, None, 0.0
+    return other
+
+  def _copied(self):
+    other = copy.copy(self)
     if isinstance(other.calls, list):
       other.calls = []
     return other
@@ -99,7 +112,8 @@ class Generator:
     """Compiles, once, and notes the seconds it took."""
     if self._compiled is None:
       start = time.perf_counter()
-      self._compiled = self._generate.lower(*self._arguments(params, np.zeros(0), [])).compile()
+      with capacity.explained(self, params):
+        self._compiled = self._generate.lower(*self._arguments(params, np.zeros(0), [])).compile()
       self.compile_seconds = time.perf_counter() - start
     return self._compiled
 
@@ -118,13 +132,21 @@ class Generator:
     image: [n, *S, c] or [1, *S, c], for a model that is given one: what config.given makes of pictures.
     """
     compiled = self.compile(params)
-    found = compiled(*self._arguments(params, np.asarray(ids), labels, image))
-    out, calls = jax.device_get(jax.tree.map(snapshots.on_host, found) if distributed.count() > 1 else found)
+    with capacity.explained(self, params, compiled):
+      found = compiled(*self._arguments(params, np.asarray(ids), labels, image))
+      out, calls = jax.device_get(jax.tree.map(snapshots.on_host, found) if distributed.count() > 1 else found)
     if len(calls):
       self.calls += calls[:len(ids)].tolist()
     if not self.trajectory:
       return out[:len(ids)]
     return out[0][:len(ids)], jax.tree.map(lambda a: a[:, :len(ids)], out[1])
+
+  def draw(self, params: Any, ids: Sequence[int], labels: Sequence[int] | Sequence[str],
+           image: np.ndarray | None = None) -> np.ndarray:
+    """uint8 images [n, *S, C] of any number of ids, batch after batch; image: as for a call."""
+    size, each = self.batch_size, image is not None and len(image) > 1
+    parts = [slice(i, i + size) for i in range(0, len(ids), size)]
+    return np.concatenate([self(params, ids[part], labels[part], image[part] if each else image) for part in parts])
 
   def _arguments(self, params: Any, ids: np.ndarray, labels: Sequence[int] | Sequence[str],
                  image: np.ndarray | None = None) -> tuple:

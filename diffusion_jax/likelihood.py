@@ -32,7 +32,7 @@ from diffusion_jax.data import sources
 from diffusion_jax.metrics import intervals, scores
 from diffusion_jax.model import Model
 from diffusion_jax.nets import codecs
-from diffusion_jax.runtime import command, log, sharding
+from diffusion_jax.runtime import backend, command, log, sharding
 from diffusion_jax.runtime.config import Config, UserError, explain, flatten, nearest
 from diffusion_jax.sample import npz
 from diffusion_jax.trained import Trained
@@ -40,6 +40,7 @@ from diffusion_jax.trained import Trained
 # The ODE's density is that of the samples only so far as its solver and its last level are fine enough.
 ESTIMATORS = {'discrete_vlb': 'upper bound', 'continuous_vlb': 'upper bound', 'ode': 'estimate'}
 ODE_STEPS, TIMES = 100, 100  # unless the user says
+BATCH = 64  # where config.sample.batch_size leaves it to the sampler's memory
 SUMS = ('count', 'sum', 'squares', 'mse')  # for each level, over the examples
 
 
@@ -229,7 +230,8 @@ def main(argv: Sequence[str] | None = None) -> int:
   p.add_argument('--ema', default='', help="which average of the parameters (default: the config's first), 'raw' for "
                                            "none, or the file of one that posthoc_ema made")
   p.add_argument('--step', type=int, help='which checkpoint (default: the newest)')
-  p.add_argument('--batch_size', type=int, help='examples compiled together (default: config.sample.batch_size)')
+  p.add_argument('--batch_size', type=int, help='examples compiled together (default: '
+                                                     f'config.sample.batch_size, or {BATCH} if that is 0)')
   p.add_argument('--steps', type=int, help=f"levels: of the ODE's grid (default {ODE_STEPS}) and of the chain (all)")
   p.add_argument('--subset', type=int, default=0, help='discrete_vlb: random levels for each example; 0: all')
   p.add_argument('--times', type=int, default=TIMES, help=f'continuous_vlb: random times of each (default {TIMES})')
@@ -242,10 +244,10 @@ def main(argv: Sequence[str] | None = None) -> int:
   _check(flags, names)
 
   def choose_devices(config):
-    if flags.batch_size is not None:
-      config.sample.batch_size = flags.batch_size
+    size = config.sample.batch_size if flags.batch_size is None else flags.batch_size
+    config.sample.batch_size = size or BATCH
     model_lib.check(config)
-    sharding.use_cpu_cores(config.sample.batch_size)
+    backend.prepare(config.sample.batch_size)
 
   workdir = pathlib.Path(flags.workdir)
   trained = trained_lib.restore(workdir, flags.ema, flags.step, choose_devices)

@@ -16,7 +16,7 @@ from diffusion_jax import ahead
 from diffusion_jax import model as model_lib
 from diffusion_jax import topology as topology_lib
 from diffusion_jax.ahead import Program
-from diffusion_jax.runtime import command, log
+from diffusion_jax.runtime import command, log, sharding
 from diffusion_jax.runtime import config as config_lib
 from diffusion_jax.runtime.config import Config, UserError
 from diffusion_jax.topology import Topology
@@ -72,7 +72,7 @@ def plan(config: Config, topology: Topology, part: str, examples: int = 0, price
     print(f'compiling {what} for {topology.name}, which takes minutes for a large network', file=sys.stderr, flush=True)
     return ahead.compile_program(traced, rows, mesh.size, quick)
 
-  lanes, batch = ahead.lanes_of(mesh), config.train.batch_size
+  lanes, batch = sharding.lanes_of(mesh), config.train.batch_size
   result = {'topology': topology.name, 'slices': topology.slices, 'chips': topology.chips, 'devices': mesh.size,
             'chip': topology.chip and topology.chip._asdict(), 'mesh': dict(mesh.shape), 'quick': quick,
             'batch_size': batch, 'batch_per_device': batch / lanes, 'steps': ahead.num_steps(config),

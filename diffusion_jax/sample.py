@@ -1,4 +1,5 @@
 """COMMAND: draws images from a trained model, by id."""
+import math
 import sys
 import time
 from collections.abc import Sequence
@@ -7,13 +8,13 @@ from typing import Any
 import jax
 import numpy as np
 
-from diffusion_jax import bridge
+from diffusion_jax import bridge, capacity
 from diffusion_jax import model as model_lib
 from diffusion_jax.core import levels, samplers
 from diffusion_jax.generator import Generator, labels_of
 from diffusion_jax.model import Model
 from diffusion_jax.pictures import STRIP_IMAGES, columns_of, given_picture, npz, png, tile, write_trajectory
-from diffusion_jax.runtime import command, distributed, log, paths, sharding, snapshots
+from diffusion_jax.runtime import backend, command, distributed, log, paths, sharding, snapshots
 from diffusion_jax.runtime.config import Config, UserError, parse_call
 from diffusion_jax.trained import Trained, restore
 
@@ -37,14 +38,15 @@ def add_flags(p: command.Parser) -> None:
                                            "none, or the file of one that posthoc_ema made")
   p.add_argument('--lora', action='append', metavar='FILE[=SCALE]', help='a LoRA file of diffusers, or several, merged')
   p.add_argument('--step', type=int, help='which checkpoint (default: the newest)')
-  p.add_argument('--batch_size', type=int, help='samples compiled together')
+  p.add_argument('--batch_size', type=int, help='samples compiled together; 0: auto, as many as fit in memory')
   command.add_process_flags(p)
 
 
-def open_run(flags: Any, apart: bool = False) -> tuple[Trained, Config]:
+def open_run(flags: Any, apart: bool = False, wanted: int = 64) -> tuple[Trained, Config]:
   """The trained model that the flags name, and its sampling settings with the flags' put in.
 
-  Several processes hold it together, or each the whole of it on its own devices if they work `apart`.
+  Several processes hold it together, or each the whole of it on its own devices if they work `apart`. wanted: how many
+  samples, where their batch is not given.
   """
   if flags.num is not None and flags.num < 1:
     raise UserError(f'--num must be at least 1, got {flags.num}')
@@ -59,7 +61,9 @@ def open_run(flags: Any, apart: bool = False) -> tuple[Trained, Config]:
       config.sample[key] = value
     model_lib.check(config)
     processes = command.join(flags)
-    sharding.use_cpu_cores(config.sample.batch_size // (1 if apart else processes))
+    # Devices that share a batch must divide it: one that is chosen later is a multiple of them.
+    size = config.sample.batch_size or 2 ** int(math.log2(wanted))
+    backend.prepare(size // (1 if apart else processes))
 
   trained = restore(paths.folder(flags.workdir), flags.ema, flags.step, choose_devices)
   if flags.lora:
@@ -109,7 +113,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   if overrides:
     raise UserError(f'sample takes its config from the run folder: --config.{next(iter(overrides))} is for train')
   ids = parse_numbers('--ids', flags.ids) if flags.ids else list(range(flags.num or 64))
-  trained, config = open_run(flags)
+  trained, config = open_run(flags, wanted=len(ids))
   model = trained.model
   if flags.prompt and flags.labels:
     raise UserError(f'--prompt and --labels={flags.labels} both say what is drawn: give one of the two')
@@ -124,18 +128,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     raise UserError(f'--negative must be one class, got {flags.negative!r}')
   image = given_picture(model, flags.image, flags.mask)
 
-  generator = Generator(model, config, flags.seed, trained.mesh, negative=negatives[0])
+  generator = capacity.fitted(Generator(model, config, flags.seed, trained.mesh, negative=negatives[0]),
+                              trained.params, len(ids))
   generator.compile(trained.params)
   start = time.perf_counter()
-  size = config.batch_size
-  images = np.concatenate([generator(trained.params, ids[i:i + size], labels[i:i + size], image)
-                           for i in range(0, len(ids), size)])
+  images = generator.draw(trained.params, ids, labels, image)
   seconds = time.perf_counter() - start
 
   traced = None
   if flags.trajectory:
     count = min(STRIP_IMAGES, len(ids))
     tracer = Generator(model, config, flags.seed, trained.mesh, trajectory=True, negative=negatives[0])
+    tracer = capacity.fitted(tracer, trained.params, count)
     _, traced = tracer(trained.params, ids[:count], labels[:count], image)
   if not distributed.is_writer():
     return 0

@@ -13,7 +13,7 @@ from diffusion_jax.data import sources
 from diffusion_jax.metrics import features, reference, scores
 from diffusion_jax.metrics.features import Extractor
 from diffusion_jax.metrics.reference import Reference
-from diffusion_jax.runtime import command, log, sharding
+from diffusion_jax.runtime import backend, command, log
 from diffusion_jax.runtime.config import UserError, explain, nearest
 
 FEATURES = (f"what looks at the images, one or several of {', '.join(features.names())}; inception:FILE and "
@@ -84,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   flags, overrides = p.parse(argv)
   if overrides:
     raise UserError(f'score takes no config: --config.{next(iter(overrides))} is for train')
-  sharding.use_cpu_cores(features.BATCH)
+  backend.prepare(features.BATCH)
   against = []
   for text in flags.features.split(','):
     with explain('--features'):

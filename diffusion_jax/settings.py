@@ -71,7 +71,7 @@ def default_config() -> Config:
           'guidance_rescale': 0.0,  # share of the guided estimates' spread brought back to the conditional ones'
           'clip': True,           # keep x0 estimates within [-1, 1]
           'threshold': 0.0,       # percentile, such as 0.995, of dynamic thresholding before that; 0: none
-          'batch_size': 64,
+          'batch_size': 64,       # samples compiled together; 0: as many as fit in memory and are of use
       },
       'eval': {
           'num_samples': 50_000,
@@ -124,9 +124,9 @@ def check(config: Config) -> None:
 AT_LEAST = {
     1: ['data.channels', 'train.images', 'train.batch_size', 'train.accumulate', 'train.steps_per_call',
         'train.log_every', 'train.sample_every', 'train.checkpoint_every', 'train.snapshot_every', 'train.keep',
-        'sample.steps', 'sample.batch_size', 'eval.num_samples'],
+        'sample.steps', 'eval.num_samples'],
     0: ['seed', 'lora.rank', 'data.size', 'data.max_bad', 'data.resident_gib', 'data.workers', 'sample.guidance_low',
-        'sample.guidance_high', 'sample.threshold'],
+        'sample.guidance_high', 'sample.threshold', 'sample.batch_size'],
 }
 CHOICES = {'train.remat': ('none', 'products'), 'train.reduce': ('float32', 'bfloat16'),
            'train.moments': ('float32', 'bfloat16')}

@@ -32,9 +32,10 @@ from diffusion_jax.folder import NoRecords, claim, describe, write_about, write_
 from diffusion_jax.model import Model
 from diffusion_jax.posthoc_ema import save_snapshot
 from diffusion_jax.previews import Previews
-from diffusion_jax.runtime import checkpoint, command, distributed, lock, log, memory, paths, sharding, snapshots
+from diffusion_jax.runtime import backend, checkpoint, command, distributed, lock, log, memory, paths, sharding
 from diffusion_jax.runtime import config as config_lib
 from diffusion_jax.runtime.config import Config, UserError, explain
+from diffusion_jax.runtime.snapshots import on_host
 from diffusion_jax.runtime.state import TrainState, fingerprint, num_parameters
 from diffusion_jax.step import Metrics, compile_step, initialise, make_step
 
@@ -223,7 +224,7 @@ def fit(model: Model, optimizer: optax.GradientTransformation, abstract: TrainSt
       print(f'{consensus.reason}: saved step {step} ({images:,} images); the same command continues from there')
     return command.INTERRUPTED
   rate = images / seconds if seconds else None
-  whole = jax.tree.map(snapshots.on_host, state.replace(opt_state=()))
+  whole = jax.tree.map(on_host, state.replace(opt_state=()))
   if not writer:
     return 0
   log.write_json(done_path, {'images': images, 'seconds': seconds, 'images_per_second': rate,
@@ -247,7 +248,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   config_lib.override(config, overrides)
   model_lib.check(config)
   processes = command.join(flags) if not flags.dry_run else 1
-  sharding.use_cpu_cores(config.train.batch_size // config.train.accumulate // processes)
+  backend.prepare(config.train.batch_size // config.train.accumulate // processes)
   if flags.dry_run:
     return dry_run(config)
   if not flags.workdir:

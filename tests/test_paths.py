@@ -12,7 +12,7 @@ import pytest
 from conftest import ROOT, tiny_config
 
 from diffusion_jax import evaluate, sample, train
-from diffusion_jax.runtime import lock, log, paths, sharding
+from diffusion_jax.runtime import backend, lock, log, paths
 from diffusion_jax.runtime.config import UserError, from_json
 
 gcs = pytest.mark.skipif(not fake_gcs.installed(), reason="needs the extra: pip install -e '.[gcs]'")
@@ -107,7 +107,7 @@ def test_metrics_are_written_now_and_then_without_being_told(store, monkeypatch)
     ('gs://none/run', "'gs://none/run': there is no bucket 'none'"),
     ('gs://secret/run', "'gs://secret/run': the bucket 'secret' may not be read .*Forbidden.*: sign in")])
 def test_a_bucket_that_is_absent_or_refuses_is_named_by_every_command(store, text, answer, monkeypatch):
-  monkeypatch.setattr(sharding, 'use_cpu_cores', lambda batch_size: None)  # the devices are those of all tests
+  monkeypatch.setattr(backend, 'prepare', lambda batch_size: None)  # the devices are those of all tests
   for main in (sample.main, evaluate.main, lambda flags: train.main([f'--config={ROOT}/configs/digits.py', *flags])):
     with pytest.raises(UserError, match=answer) as caught:
       main([f'--workdir={text}'])

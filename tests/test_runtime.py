@@ -3,15 +3,12 @@ import itertools
 import json
 import math
 import os
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import ROOT
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -260,52 +257,3 @@ def test_large_arrays_are_spread_over_fsdp_by_their_longest_axis(shape, expected
   assert sharding.state({'a': leaf}, mesh)['a'].is_equivalent_to(NamedSharding(mesh, P(*expected)), len(shape))
   whole = sharding.make_mesh(8, 1)
   assert sharding.state({'a': leaf}, whole)['a'].is_fully_replicated
-
-
-@pytest.mark.parametrize('cores', [1, 2, 3, 8, 12])
-def test_cpu_devices_divide_the_batch_and_have_work(cores, monkeypatch):
-  chosen = []
-  monkeypatch.setattr(jax.config, 'update', lambda name, value: chosen.append((name, value)))
-  monkeypatch.setattr(os, 'sched_getaffinity', lambda _: set(range(cores)), raising=False)
-  monkeypatch.delenv('XLA_FLAGS', raising=False)
-  monkeypatch.delenv('JAX_NUM_CPU_DEVICES', raising=False)
-  for batch_size in range(1, 130):
-    sharding.use_cpu_cores(batch_size)
-    (name, count), = chosen
-    chosen.clear()
-    assert name == 'jax_num_cpu_devices'
-    allowed = lambda n, size=batch_size: size % n == 0 and size // n >= 4
-    assert 1 <= count <= cores and (count == 1 or allowed(count))
-    assert not any(allowed(n) for n in range(count + 1, cores + 1))  # and no more of them would do
-  for name, value in (('XLA_FLAGS', '--xla_force_host_platform_device_count=4'), ('JAX_NUM_CPU_DEVICES', '4')):
-    with monkeypatch.context() as patch:
-      patch.setenv(name, value)
-      sharding.use_cpu_cores(64)
-  assert not chosen  # who chose already has the last word
-
-
-def test_cpu_devices_may_wait_for_each_other(monkeypatch):
-  """A suspended run must not be ended when it goes on; a user's own limit stands."""
-  monkeypatch.setattr(jax.config, 'update', lambda name, value: None)
-  for before, after in (('', '--xla_cpu_collective_call_terminate_timeout_seconds=3600'),
-                        ('--xla_a=1', '--xla_a=1 --xla_cpu_collective_call_terminate_timeout_seconds=3600'),
-                        ('--xla_cpu_collective_call_terminate_timeout_seconds=9',) * 2):
-    monkeypatch.setenv('XLA_FLAGS', before)
-    sharding.use_cpu_cores(64)
-    sharding.use_cpu_cores(64)
-    assert os.environ['XLA_FLAGS'] == after
-
-
-def test_cpu_devices_stay_once_they_are_in_use():
-  count = jax.device_count()
-  sharding.use_cpu_cores(64)
-  assert jax.device_count() == count == 8
-
-
-def test_a_closed_pipe_ends_a_command_without_a_traceback():
-  code = 'from diffusion_jax.runtime import command; command.run(lambda argv: [print("x" * 9999) for _ in range(99)])'
-  process = subprocess.Popen([sys.executable, '-c', f'import sys; {code}; sys.exit(0)'], stdout=subprocess.PIPE,
-                             stderr=subprocess.PIPE, cwd=ROOT)
-  process.stdout.read(1)
-  process.stdout.close()
-  assert b'Traceback' not in process.stderr.read() and process.wait() == 0

@@ -73,7 +73,12 @@ def run(main: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None 
     jax.config.update('jax_compilation_cache_dir', str(cache))
     jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.05)  # dozens of small ones come to seconds
   try:
-    return main(argv)
+    try:
+      status = main(argv)
+    except SystemExit as e:  # argparse, after --help
+      status = e.code or 0
+    sys.stdout.flush()  # here, since what this raises at exit nobody can catch
+    return status
   except UserError as e:
     print(f'error: {e}', file=sys.stderr)
     return distributed.leave(e.status)

@@ -1,7 +1,5 @@
 """Devices, the mesh, and where each array lies on it."""
-import contextlib
 import math
-import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -12,12 +10,12 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from diffusion_jax.runtime.backend import prepare as use_cpu_cores  # noqa: F401  its users look for it here
+
 AXES = ('data', 'fsdp', 'tensor', 'context')
 # The batch is spread over both axes. By (data, fsdp), XLA's partitioner (jaxlib 0.10 and 0.12) gets x @ w wrong if x's
 # features and w's are split over tensor and w's others over fsdp: it turns x to (fsdp, data) and nothing back.
 BATCH = ('fsdp', 'data')
-# XLA ends a process whose CPU devices wait 40 s for each other: a suspended laptop or a large network would do.
-COLLECTIVE_TIMEOUT = 'xla_cpu_collective_call_terminate_timeout_seconds'
 MIN_SHARDED_SIZE = 2 ** 16  # smaller parameters are cheaper to keep whole than to gather
 
 # What the tensor axis splits: the first pattern found in a leaf's path speaks for its last axes. The second of two
@@ -28,23 +26,6 @@ RULES = (
     (re.compile(r'/(kernel|embedding)$'), (None, 'tensor')),
 )
 HOST = 'pinned_host'  # memory of the host from which a device can copy by itself
-
-
-def use_cpu_cores(batch_size: int) -> None:
-  """Makes one virtual CPU device per core, so far as each gets at least 4 of the batch; call before using a device.
-
-  XLA's convolutions hardly use more than one core for small images: a batch spread over two devices is twice as fast.
-  An explicit choice (XLA_FLAGS or JAX_NUM_CPU_DEVICES) is left alone. Other backends are not affected.
-  """
-  flags = os.environ.get('XLA_FLAGS', '')
-  if COLLECTIVE_TIMEOUT not in flags:
-    os.environ['XLA_FLAGS'] = f'{flags} --{COLLECTIVE_TIMEOUT}=3600'.strip()
-  if 'host_platform_device_count' in flags or 'JAX_NUM_CPU_DEVICES' in os.environ:
-    return
-  cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
-  count = max(n for n in range(1, cores + 1) if batch_size % n == 0 and (n == 1 or batch_size // n >= 4))
-  with contextlib.suppress(RuntimeError):  # the backend is up already: it keeps the devices it has
-    jax.config.update('jax_num_cpu_devices', count)
 
 
 def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, context: int = 1,
@@ -91,9 +72,14 @@ def _ordered(devices: list[jax.Device], shape: tuple[int, ...]) -> np.ndarray:
   return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
 
 
+def lanes_of(mesh: Mesh) -> int:
+  """Among how many devices a batch is divided."""
+  return mesh.shape['data'] * mesh.shape['fsdp']
+
+
 def check_divides(mesh: Mesh, batch_size: int, name: str) -> None:
   """Raises ValueError unless a batch of `batch_size` can be spread over `mesh`, saying which sizes near it could."""
-  n = mesh.shape['data'] * mesh.shape['fsdp']
+  n = lanes_of(mesh)
   if batch_size % n:
     below = batch_size // n * n
     raise ValueError(f'{name} {batch_size} must be a multiple of the {n} devices that share a batch (mesh.data x '
@@ -226,7 +212,7 @@ def put_batch(array: np.ndarray, mesh: Mesh, axis: int = 0) -> jax.Array:
   where = batch(mesh, axis)
   if jax.process_count() == 1:
     return jax.device_put(array, where)
-  parts = mesh.shape['data'] * mesh.shape['fsdp']
+  parts = lanes_of(mesh)
   size = array.shape[axis] * parts // len(rows(mesh, parts))
   held = rows(mesh, size)
 

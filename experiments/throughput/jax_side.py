@@ -15,7 +15,7 @@ from diffusion_jax.core import levels, samplers, schedules
 from diffusion_jax.generator import Generator
 from diffusion_jax.metrics import batches, inception
 from diffusion_jax.programs import flops
-from diffusion_jax.runtime import log, sharding
+from diffusion_jax.runtime import backend, log, sharding
 from diffusion_jax.runtime.config import Config, spec
 from experiments.throughput import cases, equal
 from experiments.throughput.cases import Case
@@ -71,7 +71,7 @@ class Trainer:
   """What train.train makes before its loop, and its call of the step; compiled: whether there is a step."""
 
   def __init__(self, config: Config, compiled: bool = True):
-    sharding.use_cpu_cores(config.train.batch_size)
+    backend.prepare(config.train.batch_size)
     self.mesh = sharding.make_mesh(**config.mesh)
     source = train_lib.open_source(config)
     self.model, optimizer = model_lib.make(config, source.shape, source.num_classes), model_lib.optimizer_of(config)
@@ -108,7 +108,7 @@ def sample(job: Job) -> Prepared:
   """The generator of the sample command: ids to uint8 images."""
   case, net = job.case, cases.net_of(job.case)
   config = config_of(case)
-  sharding.use_cpu_cores(config.sample.batch_size)
+  backend.prepare(config.sample.batch_size)
   mesh = sharding.make_mesh()
   model = model_lib.make(config, (net.size, net.size, net.channels), 0)
   params = quickly(model.init, sharding.replicated(mesh))
@@ -124,7 +124,7 @@ def sample(job: Job) -> Prepared:
 def forward(job: Job) -> Prepared:
   """One pass of the network on the devices that the sample command would choose; so of the autoencoder's halves."""
   case, about = job.case, cases.net_of(job.case)
-  sharding.use_cpu_cores(case.batch)
+  backend.prepare(case.batch)
   mesh, net = sharding.make_mesh(), equal.module(about, case.dtype)
   host = equal.random_params(equal.shapes(net, case))
   equal.write(job.folder, net, about, host)
@@ -150,7 +150,7 @@ def inception_shapes() -> dict[str, tuple[int, ...]]:
 def features(job: Job) -> Prepared:
   """What evaluate calls: images uint8 to all outputs of the Inception network, in batches."""
   case = job.case
-  sharding.use_cpu_cores(case.batch)
+  backend.prepare(case.batch)
   params, images = inception.from_torch(cases.weights(inception_shapes())), cases.images(case)
   params = batches.place(params, case.batch)
   call = lambda: inception.extract(params, images, case.batch)
@@ -188,4 +188,5 @@ def _loop(name):
 
 
 WORK = {'train': train, 'sample': sample, 'forward': forward, 'encode': forward, 'decode': forward,
-        'features': features, 'limits': limits, 'overhead': _loop('overhead'), 'checkpoint': _loop('save')}
+        'features': features, 'limits': limits, 'overhead': _loop('overhead'),
+        'checkpoint': _loop('save')}
