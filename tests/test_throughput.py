@@ -8,7 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 
+from diffusion_jax.data import pipeline
 from diffusion_jax.metrics import inception
 from diffusion_jax.runtime.config import UserError, build
 from experiments.throughput import cases, equal, jax_side, run, stats, table
@@ -164,6 +166,54 @@ def needs_baseline():
   missing = [m for m in run.BASELINE_NEEDS if importlib.util.find_spec(m) is None]
   if missing:
     pytest.skip(f"{' and '.join(missing)} missing: install the parity extra")
+
+
+PIPELINE = {'size': 16, 'unet': {'channels': 8, 'multipliers': (1, 2), 'blocks': 1, 'groups': 4, 'depth': (1, 0),
+                                 'heads': 2},
+            'vae': {'channels': (8, 8), 'blocks': 1, 'groups': 4}, 'text': {'width': 16, 'depth': 1, 'heads': 2,
+                                                                            'mlp': 16}}
+
+
+def test_both_sides_draw_the_same_images_from_text(tmp_path, monkeypatch):
+  needs_baseline()
+  from experiments.throughput import pipeline_side, torch_side
+  from experiments.throughput.worker import Job
+  job = Job(cases.Case('', 'draw', 8, '', steps=3, changes=PIPELINE), tmp_path, 'cpu', '')
+  ours, theirs = pipeline_side.draw(job), torch_side.draw(job)
+  allowed = cases.tolerance('cpu', job.case)
+  assert cases.shapes_agree(ours.sizes, theirs.sizes)
+  assert np.std(ours.outputs['images']) > 10
+  assert cases.difference(ours.outputs, theirs.outputs) < allowed
+  monkeypatch.setattr(cases, 'NEGATIVE', 'a')
+  assert cases.difference(ours.outputs, torch_side.draw(job).outputs) > allowed
+
+
+@pytest.fixture
+def few(monkeypatch, tmp_path):
+  """A job that reads four batches of few pictures, without processes."""
+  from experiments.throughput.worker import Job
+  for name, value in [('PICTURES', 24), ('READ', 6), ('READ_AGAINST', 0)]:
+    monkeypatch.setattr(cases, name, value)
+  return Job(cases.Case('', 'read', 0, '', changes={'size': 32, 'workers': 0}), tmp_path, 'cpu', '')
+
+
+def test_what_is_read_is_what_the_files_hold(few):
+  from experiments.throughput import input_side
+  ours = input_side.read(few)
+  files = sorted((few.folder / 'pictures').glob('*/*.jpg'))
+  assert len(files) == 24 and len({file.parent for file in files}) > 1
+  chosen = [files[i] for i in pipeline.indices(0, 0, 6, 24)]
+  assert ours.outputs['images'] == cases.shown(np.stack([np.asarray(Image.open(file)) for file in chosen]))
+  assert ours.outputs['labels'] == [float(file.parent.name) for file in chosen]
+  assert ours.run(1)['seconds'] > 0
+
+
+def test_both_sides_read_the_same_images_in_the_same_order(few):
+  needs_baseline()
+  from experiments.throughput import input_side, torch_side
+  ours, theirs = input_side.read(few), torch_side.read(few)
+  assert cases.difference(ours.outputs, theirs.outputs) == 0
+  assert theirs.run(1)['seconds'] > 0
 
 
 def test_networks_without_a_counterpart_are_not_written(tmp_path):

@@ -12,6 +12,15 @@ FORMATS = {32: 'PNG', 64: 'JPEG'}  # as TFDS keeps CIFAR-10, and as ImageNet com
 CLASSES = 4
 
 
+def encoded(size: int, i: int, form: str) -> tuple[bytes, int]:
+  """(the file of picture i, its label), in one of PIL's formats."""
+  image, label = sources.load(f'synthetic:{size}x{size}x3:{i + 1}')[i]
+  noise = np.random.default_rng(i).integers(0, 32, image.shape, np.uint8)
+  file = io.BytesIO()
+  Image.fromarray(image // 8 * 7 + noise).save(file, form, quality=90)
+  return file.getvalue(), label
+
+
 class Pictures(tfds.core.GeneratorBasedBuilder, skip_registration=True):
   """Coloured blobs with noise of 5 bits, which no PNG can compress: about the bytes of a photograph of that size."""
 
@@ -27,14 +36,9 @@ class Pictures(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     return {'train': self._generate_examples()}
 
   def _generate_examples(self):
-    source = sources.load(f'synthetic:{self.size}x{self.size}x3:{self.count}')
     for i in range(self.count):
-      image, label = source[i]
-      noise = np.random.default_rng(i).integers(0, 32, image.shape, np.uint8)
-      file = io.BytesIO()
-      Image.fromarray(image // 8 * 7 + noise).save(file, FORMATS[self.size], quality=90)
-      file.seek(0)
-      yield i, {'image': file, 'label': label}
+      data, label = encoded(self.size, i, FORMATS[self.size])
+      yield i, {'image': io.BytesIO(data), 'label': label}
 
 
 class Pictures32(Pictures, skip_registration=True):

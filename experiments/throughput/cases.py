@@ -84,6 +84,14 @@ CPU = {
     'dit_forward': Case('dit_s2', 'forward', 8, 'forward pass, DiT-S/2, 32x32 latents, batch 8'),
     'edm2_forward': Case('edm2_xs', 'forward', 8, 'forward pass, EDM2-XS, 32x32 latents, batch 8', ('jax',)),
     'inception_features': Case('', 'features', 32, 'Inception features of 32x32 images, batch 32'),
+    'text_to_image': Case('', 'draw', 4, '4 prompts to images of 64x64, 20 DDIM steps with guidance, a small Stable '
+                          'Diffusion'),
+    'read_32': Case('', 'read', 2048, 'reading 2048 JPEGs of 32x32, two processes that decode',
+                    changes={'size': 32, 'workers': 2}),
+    'read_64': Case('', 'read', 2048, 'reading 2048 JPEGs of 64x64, two processes that decode',
+                    changes={'size': 64, 'workers': 2}),
+    'read_64_threads': Case('', 'read', 2048, 'reading 2048 JPEGs of 64x64, our threads against two processes',
+                            changes={'size': 64, 'workers': 0}),
     'checkpoint': Case('cifar10', 'checkpoint', 8, 'what a checkpoint of 35.7M parameters, Adam and an average holds '
                        'up the loop'),
     'overhead': Case('', 'overhead', 64, 'data and records of a digits run', ('bare', 'loop')),
@@ -120,9 +128,17 @@ SUITES = {'cpu': tuple(CPU), 'gpu': tuple(ACCELERATOR), 'tpu': tuple(ACCELERATOR
 # Of outputs, relative to the largest. Elsewhere than on a CPU both sides may multiply float32 as TF32.
 TOLERANCE = {('cpu', 'float32'): 1e-4, ('gpu', 'float32'): 2e-2, ('tpu', 'float32'): 1e-1}
 LOW_PRECISION_TOLERANCE = 1e-1
+EXACTLY = {'read': 1e-9, 'draw': 2.5 / 255}  # of pictures, uint8
 LEARNING_RATE, CLIP_NORM, EMA_DECAY = 2e-4, 1.0, 0.9999
 EXAMPLES = 1024  # of the synthetic data set that both sides keep in memory
 LATENT_FACTOR = 8  # of the autoencoder
+# What is drawn from text, and by what: options of our modules.
+PROMPT, NEGATIVE, GUIDANCE = 'A red bird on a branch.', 'blurred', 5.0
+PIPELINE = {'size': 64, 'vae': {'channels': (32, 64, 128), 'blocks': 1},
+            'unet': {'channels': 64, 'multipliers': (1, 2, 4), 'blocks': 1, 'depth': (1, 1, 0), 'heads': 4},
+            'text': {'width': 128, 'depth': 4, 'heads': 4, 'mlp': 512}}
+PICTURES, READ = 4096, 128  # files that are read, and those of a batch
+READ_AGAINST = 2  # processes of PyTorch's loader: as many as ours has, or where ours has threads
 
 
 def choose(kind: str, known: dict, name: str):
@@ -142,6 +158,8 @@ def net_of(case: Case) -> Net:
 
 def tolerance(suite: str, case: Case) -> float:
   """How far outputs of two sides may lie apart, relative to the largest number."""
+  if case.work in EXACTLY:
+    return EXACTLY[case.work]
   return TOLERANCE[suite, 'float32'] if case.dtype == 'float32' else LOW_PRECISION_TOLERANCE
 
 

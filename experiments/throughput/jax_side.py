@@ -1,4 +1,5 @@
 """Our side: what the commands run, with the devices that they choose."""
+import importlib
 import itertools
 import sys
 import time
@@ -180,13 +181,13 @@ def limits(job: Job) -> Prepared:
   return prepared({}, run, 0.0, sharding.make_mesh())
 
 
-def _loop(name):
+def _of(module, name):
   def work(job):
-    from experiments.throughput import loop_side  # which needs this module
-    return getattr(loop_side, name)(job)
+    found = importlib.import_module(f'experiments.throughput.{module}')  # which needs this module
+    return getattr(found, name)(job)
   return work
 
 
 WORK = {'train': train, 'sample': sample, 'forward': forward, 'encode': forward, 'decode': forward,
-        'features': features, 'limits': limits, 'overhead': _loop('overhead'),
-        'checkpoint': _loop('save')}
+        'features': features, 'limits': limits, 'overhead': _of('loop_side', 'overhead'),
+        'checkpoint': _of('loop_side', 'save'), 'draw': _of('pipeline_side', 'draw'), 'read': _of('input_side', 'read')}

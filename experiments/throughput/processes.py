@@ -14,6 +14,7 @@ from typing import Any
 from diffusion_jax.runtime.config import UserError
 from experiments.throughput import stats
 from experiments.throughput.cases import Case
+from experiments.throughput.worker import group_ticks
 
 ROOT = pathlib.Path(__file__).parents[2]
 # Processes share a GPU: each takes what it needs, and not three quarters of all memory at once.
@@ -44,12 +45,12 @@ class Worker:
     self.process = subprocess.Popen(
         [sys.executable, '-m', 'experiments.throughput.worker', '--side', side, '--platform', platform, '--folder',
          folder, '--case', json.dumps(dataclasses.asdict(case))], cwd=ROOT, env=env, stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE, stderr=self.errors, text=True)
+        stdout=subprocess.PIPE, stderr=self.errors, text=True, process_group=0)  # with those that it starts
 
   def ask(self, do: str, **request: Any) -> dict[str, Any]:
     """The answer to one request; WorkerDied if there is none."""
     with contextlib.suppress(BrokenPipeError):
-      self.process.send_signal(signal.SIGCONT)
+      self._signal(signal.SIGCONT)
       self.process.stdin.write(json.dumps({'do': do, **request}) + '\n')
       self.process.stdin.flush()
     line = self.process.stdout.readline()
@@ -60,12 +61,16 @@ class Worker:
       lines = [line for line in self.errors.read().splitlines() if line.strip() and not line.lstrip().startswith('@')]
       raise WorkerDied(f'the {self.side} side of {self.name} ended with status {self.process.returncode}: '
                        f'{lines[-1].strip() if lines else "no message"}')
-    self.process.send_signal(signal.SIGSTOP)
+    self._signal(signal.SIGSTOP)
     return json.loads(line)
 
+  def _signal(self, number: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+      os.killpg(self.process.pid, number)
+
   def close(self) -> None:
-    """Ends the process."""
-    self.process.kill()
+    """Ends the process, and those that it started."""
+    self._signal(signal.SIGKILL)
     self.process.communicate()
     self.errors.close()
 
@@ -87,12 +92,6 @@ def busy_ticks(stat: str) -> tuple[int, int]:
   return worked, worked + idle + waiting
 
 
-def own_ticks(stat: str) -> int:
-  """Ticks that a process has worked, of the text of its /proc/PID/stat, whose name may hold anything."""
-  fields = stat.rpartition(')')[2].split()
-  return int(fields[11]) + int(fields[12])
-
-
 class Watch:
   """How much of the machine others take while `workers` measure."""
 
@@ -105,7 +104,7 @@ class Watch:
     if not (proc / 'stat').exists():
       return None
     return (*busy_ticks((proc / 'stat').read_text()),
-            sum(own_ticks((proc / str(pid) / 'stat').read_text()) for pid in self.pids))
+            sum(group_ticks(self.pids)))
 
   def share(self) -> float | None:
     """Of all cores, since the beginning; None where the system does not say."""

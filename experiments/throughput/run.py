@@ -12,7 +12,7 @@ from typing import Any
 
 from diffusion_jax.runtime import command, log
 from diffusion_jax.runtime.config import UserError
-from experiments.throughput import cases, stats, table
+from experiments.throughput import cases, goals, stats, table
 from experiments.throughput.cases import CASES, SUITES, Case, choose
 from experiments.throughput.processes import Watch, Worker, WorkerDied, interleave, limits
 
@@ -131,6 +131,7 @@ def record(name: str, case: Case, ready: dict[str, dict], answers: Sequence[Sequ
   return {'case': name, 'about': case.about, 'device': (limit or {}).get('device') or cases.device(),
           'cores': cases.cores(), 'time': log.now(), 'git_revision': log.git_revision(), **settings,
           'parameters': sum(ready[ours]['sizes']), 'dtype': case.dtype, 'batch': case.batch, 'flops': work,
+          'steps': case.steps if case.work in ('sample', 'draw') else None,
           'limits': limit, 'baseline': baseline, **result, 'sides': sides}
 
 
@@ -148,7 +149,8 @@ def report(r: dict[str, Any]) -> None:
     if 'written_ms' in s:
       parts.append(f'on the disk after {s["written_ms"]:.0f} ms')
     print(f'  {side:>13}: {", ".join(parts)}, peak {s["peak_bytes"] / 2 ** 20:.0f} MiB, {s["setting"]}')
-  print(f'  {table.result(r)}: {r["verdict"]}', flush=True)
+  beside = ''.join(f'; {words}' for words in (goals.goal(r), goals.published(r)) if words)
+  print(f'  {table.result(r)}: {r["verdict"]}{beside}', flush=True)
 
 
 def missing() -> list[str]:
@@ -177,7 +179,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
   absent, records, limit = missing(), [], None
   signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the workers are ended too
-  if flags.suite != 'cpu' or any(case.work not in ('overhead', 'checkpoint') for case in chosen.values()):
+  if flags.suite != 'cpu' or any(case.work not in ('overhead', 'checkpoint', 'read') for case in chosen.values()):
     limit = limits(flags.suite, ['jax'] + ['torch'] * (not absent and flags.suite != 'tpu'),
                    1 if flags.quick else LIMIT_ROUNDS)
     print(table.limits_line(limit) + '\n', flush=True)

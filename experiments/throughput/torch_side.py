@@ -9,6 +9,7 @@ training and the type of the weights for the rest.
 import contextlib
 import itertools
 import json
+import pathlib
 import time
 from collections.abc import Callable
 from typing import Any
@@ -17,10 +18,12 @@ import diffusers
 import numpy as np
 import torch
 import transformers
+from PIL import Image
 
+from diffusion_jax.data import pipeline
 from experiments.throughput import cases
 from experiments.throughput.torch_inception import Inception
-from experiments.throughput.worker import Job, Prepared, best, repeat
+from experiments.throughput.worker import Job, Prepared, best, reading, repeat
 
 CLASSES = {'clip_text_model': transformers.CLIPTextModel}  # by what their configs say
 
@@ -185,6 +188,51 @@ def features(job: Job) -> Prepared:
   return prepared(job, net, call, outputs=outputs)._replace(sizes=sizes)
 
 
+def draw(job: Job) -> Prepared:
+  """StableDiffusionPipeline on the folder that our side wrote: prompts to uint8 images."""
+  case, device = job.case, start(job)
+  pipe = diffusers.StableDiffusionPipeline.from_pretrained(job.folder / 'theirs', local_files_only=True).to(device)
+  pipe.set_progress_bar_config(disable=True)
+  networks = [pipe.unet, pipe.vae, pipe.text_encoder]
+  if job.mode != 'plain':
+    networks = [net.to(memory_format=torch.channels_last) for net in networks]
+
+  def call(latents=None):
+    images = pipe([cases.PROMPT] * case.batch, negative_prompt=[cases.NEGATIVE] * case.batch, latents=latents,
+                  guidance_scale=cases.GUIDANCE, num_inference_steps=case.steps, output_type='np').images
+    return (images * 255).round().astype(np.uint8)
+
+  noise = torch.from_numpy(np.load(job.folder / 'noise.npy')).to(device)
+  return prepared(job, torch.nn.ModuleList(networks), call, outputs={'images': cases.shown(call(noise))})
+
+
+class Pictures(torch.utils.data.Dataset):
+  """The files of a folder of classes by path: (uint8 [S, S, 3], label)."""
+
+  def __init__(self, folder: pathlib.Path):
+    self.files = sorted(folder.glob('*/*.jpg'))
+    self.classes = sorted({file.parent.name for file in self.files})
+
+  def __len__(self):
+    return len(self.files)
+
+  def __getitem__(self, i):
+    with Image.open(self.files[i]) as image:
+      return np.array(image.convert('RGB')), self.classes.index(self.files[i].parent.name)
+
+
+def read(job: Job) -> Prepared:
+  """DataLoader with as many processes as ours has, in the order of ours."""
+  start(job)
+  data = Pictures(job.folder / 'pictures')
+  order = lambda: (pipeline.indices(0, step, cases.READ, len(data)).tolist() for step in itertools.count())
+  loader = lambda: iter(torch.utils.data.DataLoader(data, batch_sampler=order(), num_workers=cases.READ_AGAINST))
+  images, labels = next(loader())
+  found = prepared(job, torch.nn.Module(), lambda: None, outputs={
+      'images': cases.shown(images.numpy()), 'labels': labels.double().tolist()})
+  return found._replace(run=reading(loader()), setting=f'{cases.READ_AGAINST} processes')
+
+
 def save(job: Job) -> Prepared:
   """run(k): torch.save of the weights, both moments of Adam and an average, and what it takes to be on the disk."""
   net = load(job)
@@ -208,4 +256,4 @@ def limits(job: Job) -> Prepared:
 
 
 WORK = {'train': train, 'sample': sample, 'forward': forward, 'encode': forward, 'decode': forward,
-        'features': features, 'checkpoint': save, 'limits': limits}
+        'features': features, 'draw': draw, 'read': read, 'checkpoint': save, 'limits': limits}

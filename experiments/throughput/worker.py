@@ -5,6 +5,7 @@
 The end of the input ends the worker.
 """
 import argparse
+import contextlib
 import importlib
 import json
 import os
@@ -13,12 +14,14 @@ import re
 import resource
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator
 from typing import Any, NamedTuple
 
 from experiments.throughput.cases import Case
 
 WARM_UP_ITERATIONS, WARM_UP_SECONDS = 3, 5.0  # allocators and thread pools settle; one is enough for what takes long
+
+READ_AHEAD, BATCHES_READ = 16, 16  # batches that may be ready at the beginning, and those of an iteration
 
 
 class Job(NamedTuple):
@@ -60,6 +63,33 @@ def repeat(call: Callable[[], object]) -> Callable[[int], None]:
     for _ in range(iterations):
       call()
   return run
+
+
+def reading(batches: Iterator[object]) -> Callable[[int], dict]:
+  """run(k) of batches that are read ahead: k times BATCHES_READ of them, once those that were ready have been taken."""
+  def run(iterations):
+    for _ in range(READ_AHEAD):
+      next(batches)
+    wall, cpu = time.perf_counter(), group_seconds()
+    for _ in range(iterations * BATCHES_READ):
+      next(batches)
+    return {'seconds': (time.perf_counter() - wall) / iterations, 'cpu_seconds': (group_seconds() - cpu) / iterations}
+  return run
+
+
+def group_seconds() -> float:
+  """CPU seconds of this process and of those that it started and that still run."""
+  found = list(group_ticks([os.getpgid(0)]))
+  return sum(found) / os.sysconf('SC_CLK_TCK') if found else time.process_time()
+
+
+def group_ticks(groups: Collection[int]) -> Iterator[int]:
+  """Ticks that each process of some groups has worked, where the system says so."""
+  for file in pathlib.Path('/proc').glob('[0-9]*/stat'):
+    with contextlib.suppress(OSError):  # it has ended
+      fields = file.read_text().rpartition(')')[2].split()  # its name, before, may hold anything
+      if int(fields[2]) in groups:
+        yield int(fields[11]) + int(fields[12])
 
 
 def best(call: Callable[[], object], times: int) -> float:
