@@ -32,6 +32,7 @@ from diffusion_jax.runtime.config import Config, UserError, explain, from_json, 
 from diffusion_jax.runtime.state import digest
 from diffusion_jax.sample import GUIDANCE, add_flags, describe, open_run, parse_numbers
 from diffusion_jax.score import FEATURES, Against, given, kinds_of, score, show
+from diffusion_jax.trained import reduced
 
 LOWER_IS_BETTER = ('f', 'sf', 'kid')  # how the names begin whose minimum over seeds is worth a line
 
@@ -61,10 +62,11 @@ class Evaluator:
     for ema in self.emas:
       trained, sampling = open_run(argparse.Namespace(**{**vars(self.flags), 'ema': ema, 'step': step}), apart=True,
                                    wanted=self.num)
+      params_hash = digest(trained.params)  # as trained, whatever they are sampled in
+      trained = reduced(trained, sampling.precision)
       if self.against is None:
         self._generators(trained, sampling)
         self.against = [self._against(text) for text in (self.flags.features or self.config.eval.features).split(',')]
-      params_hash = digest(trained.params)
       for point in self.sweep:
         rows = [self._point(trained, sampling, params_hash, point, seed) for seed in self.seeds]
         if len(rows) > 1 and distributed.is_writer():
@@ -112,7 +114,8 @@ class Evaluator:
     about = {
         'step': trained.step, 'images': trained.images, 'ema': trained.ema, 'params_hash': params_hash,
         **describe(settings), 'steps': settings.steps, **{key: settings[key] for key in GUIDANCE},
-        'clip': settings.clip, 'seed': seed, 'batch_size': settings.batch_size}
+        'clip': settings.clip, 'seed': seed, 'batch_size': settings.batch_size,
+        **({'precision': settings.precision} if settings.precision else {})}
     folder = self.workdir / 'eval' / _hash(about)
     samples = Samples(generator, trained, self.num, folder)
     return [self._evaluation(samples, point, {'run': self.workdir.resolve().name, **about}, against)
@@ -282,8 +285,9 @@ def _hash(value):
 
 def _title(record):
   guidance = '' if record['guidance'] == 1 else f', guidance {record["guidance"]:g}'
-  return (f'{record["ema"]} at step {record["step"]}, {record["sampler"]}, {record["nfe"]} network calls{guidance}, '
-          f'seed {record["seed"]}, {record["num_samples"]:,} samples')
+  precision = f', {record["precision"]}' if record.get('precision') else ''
+  return (f'{record["ema"]} at step {record["step"]}, {record["sampler"]}, {record["nfe"]} network calls{guidance}'
+          f'{precision}, seed {record["seed"]}, {record["num_samples"]:,} samples')
 
 
 if __name__ == '__main__':

@@ -129,7 +129,7 @@ def make(config: Config, shape: tuple[int, ...], num_classes: int, captions: Seq
                 build(config.weight), text, tuple(captions) if text else (), tokenise,
                 given if given.takes else None)
   with explain('config.net'):
-    out = jax.eval_shape(lambda key: _denoised(model, model.whole(model.init(key))), jax.random.key(0))
+    out = jax.eval_shape(lambda key: denoised(model, model.whole(model.init(key))), jax.random.key(0))
   _check_fits(model, has_variance=out[1] is not None)
   return model
 
@@ -147,7 +147,8 @@ def _tokenise(config: Config, folder: pathlib.Path | None, length: int, prompts:
 _read_tokenizer = functools.cache(tokenizer.read)
 
 
-def _denoised(model: Model, params: Mapping[str, Any]) -> tuple:
+def denoised(model: Model, params: Mapping[str, Any]) -> tuple:
+  """What the denoiser of `params` gives for one example: to be traced, to see that the parts fit."""
   about = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), model.about_shapes(1))
   level = model.diffusion.process.path.level(jnp.zeros(1))
   return model.denoiser(params, model.cond(params, about)).both(jnp.zeros((1, *model.shape)), level)

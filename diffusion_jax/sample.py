@@ -16,7 +16,7 @@ from diffusion_jax.model import Model
 from diffusion_jax.pictures import STRIP_IMAGES, columns_of, given_picture, npz, png, tile, write_trajectory
 from diffusion_jax.runtime import backend, command, distributed, log, paths, sharding, snapshots
 from diffusion_jax.runtime.config import Config, UserError, parse_call
-from diffusion_jax.trained import Trained, restore
+from diffusion_jax.trained import Trained, reduced, restore
 
 GUIDANCE = ('guidance', 'guidance_low', 'guidance_high', 'guidance_rescale', 'threshold')  # settings with a flag
 
@@ -39,6 +39,7 @@ def add_flags(p: command.Parser) -> None:
   p.add_argument('--lora', action='append', metavar='FILE[=SCALE]', help='a LoRA file of diffusers, or several, merged')
   p.add_argument('--step', type=int, help='which checkpoint (default: the newest)')
   p.add_argument('--batch_size', type=int, help='samples compiled together; 0: auto, as many as fit in memory')
+  p.add_argument('--precision', help="of the net's products and kernels: bfloat16 or int8 (default: as trained)")
   command.add_process_flags(p)
 
 
@@ -54,7 +55,7 @@ def open_run(flags: Any, apart: bool = False, wanted: int = 64) -> tuple[Trained
     raise UserError(f'--seed must be at least 0, got {flags.seed}')
   chosen = {name: parse_call(getattr(flags, name), module)
             for name, module in (('sampler', samplers), ('grid', levels)) if getattr(flags, name)}
-  chosen |= {k: v for k in ('steps', *GUIDANCE, 'batch_size') if (v := getattr(flags, k)) is not None}
+  chosen |= {k: v for k in ('steps', *GUIDANCE, 'batch_size', 'precision') if (v := getattr(flags, k)) is not None}
 
   def choose_devices(config):
     for key, value in chosen.items():
@@ -114,6 +115,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     raise UserError(f'sample takes its config from the run folder: --config.{next(iter(overrides))} is for train')
   ids = parse_numbers('--ids', flags.ids) if flags.ids else list(range(flags.num or 64))
   trained, config = open_run(flags, wanted=len(ids))
+  trained = reduced(trained, config.precision)
   model = trained.model
   if flags.prompt and flags.labels:
     raise UserError(f'--prompt and --labels={flags.labels} both say what is drawn: give one of the two')

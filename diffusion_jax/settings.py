@@ -72,6 +72,7 @@ def default_config() -> Config:
           'clip': True,           # keep x0 estimates within [-1, 1]
           'threshold': 0.0,       # percentile, such as 0.995, of dynamic thresholding before that; 0: none
           'batch_size': 64,       # samples compiled together; 0: as many as fit in memory and are of use
+          'precision': '',        # of the net in `sample` and `evaluate`: bfloat16 or int8; '': as trained
       },
       'eval': {
           'num_samples': 50_000,
@@ -106,7 +107,7 @@ def check(config: Config) -> None:
     raise UserError(f'config.data.augment must lie in [0, 1], got {config.data.augment}')
   for key, names in CHOICES.items():
     if flat[key] not in names:
-      raise UserError(f'config.{key} must be {" or ".join(names)}, got {flat[key]!r}')
+      raise UserError(f'config.{key} must be {" or ".join(name or "empty" for name in names)}, got {flat[key]!r}')
   if config.train.reduce != 'float32' and config.net.get('dtype', 'float32') == 'float32':
     raise UserError(f'config.train.reduce is {config.train.reduce}, but the gradients of a net with '
                     f'{"dtype float32" if "dtype" in config.net else "no dtype"} are float32: set '
@@ -129,7 +130,7 @@ AT_LEAST = {
         'sample.guidance_high', 'sample.threshold', 'sample.batch_size'],
 }
 CHOICES = {'train.remat': ('none', 'products'), 'train.reduce': ('float32', 'bfloat16'),
-           'train.moments': ('float32', 'bfloat16')}
+           'train.moments': ('float32', 'bfloat16'), 'sample.precision': ('', 'bfloat16', 'int8')}
 
 
 def _check_keys(config: Config, template: Config, known: Any, prefix: str = '') -> None:

@@ -6,12 +6,14 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+from flax.errors import ScopeParamNotFoundError
 
 from diffusion_jax import model as model_lib
 from diffusion_jax.model import Model
+from diffusion_jax.nets import quantise
 from diffusion_jax.runtime import sharding, snapshots
 from diffusion_jax.runtime.checkpoint import Checkpoints
-from diffusion_jax.runtime.config import Config, UserError, from_json, nearest
+from diffusion_jax.runtime.config import Config, UserError, explain, from_json, nearest
 
 WEIGHTS = 'weights.safetensors'  # of a run folder that was converted, in the place of checkpoints
 
@@ -66,6 +68,25 @@ def restore(workdir: pathlib.Path, ema_name: str, step: int | None,
   chosen = state.params if name == 'raw' else state.emas[name]
   params = model.whole(chosen, state.frozen)
   return Trained(model, mesh, params, meta['step'], meta['images'], name, class_names, chosen.get('lora'))
+
+
+def reduced(trained: Trained, precision: str) -> Trained:
+  """The model with a net that computes in `precision`, its kernels held in that: 'bfloat16' or 'int8'; '': as it is.
+
+  What there is beside the net, a text encoder and a codec, stays as it is. UserError for a net that cannot.
+  """
+  if not precision:
+    return trained
+  model, where = trained.model, f'config.sample.precision is {precision!r}'
+  with explain(where):
+    net, params = quantise.reduced(model.net, trained.params['net'], precision)
+  made = trained._replace(model=model._replace(net=net), params={**trained.params, 'net': params})
+  try:
+    jax.eval_shape(lambda params: model_lib.denoised(made.model, params), made.params)
+  except ScopeParamNotFoundError:
+    raise UserError(f"{where}, and {type(net).__name__} has layers of its own, which know no such kernels: take "
+                    f"'bfloat16', or leave it empty") from None
+  return made
 
 
 def _checkpoint(workdir, abstract, step):

@@ -77,7 +77,10 @@ class MPConv(nn.Module):
   @nn.compact
   def __call__(self, x: Array) -> Array:
     shape = (self.size,) * (x.ndim - 2) * (self.size > 0) + (x.shape[-1], self.features)
-    kernel = self.param('kernel', lambda key: normalise_kernel(jax.random.normal(key, shape)))
+    kernel = layers.kernel_of(self, lambda key, shape: normalise_kernel(jax.random.normal(key, shape)), shape)
+    if isinstance(kernel, layers.Integers):  # made of normalised weights
+      kernel = kernel._replace(scale=kernel.scale / math.sqrt(math.prod(shape[:-1])))
+      return layers.in_integers(x, kernel, jnp.zeros(self.features), self.dtype)
     # Normalised again, although it is: so gradients have no part along the weights.
     weights = normalise_kernel(kernel) / math.sqrt(math.prod(shape[:-1]))
     bias = jnp.zeros(self.features)

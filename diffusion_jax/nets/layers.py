@@ -7,8 +7,10 @@ float32: what is summed over devices is float32 too (a plain cast of the kernel 
 import contextlib
 import contextvars
 import functools
+import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
@@ -20,6 +22,7 @@ from jax.interpreters import ad, batching, mlir
 
 Array = jax.Array
 PRODUCT = 'product'  # the name of what Dense and Conv return, for policies of jax.checkpoint
+VALUES, SCALE = 'kernel_int8', 'kernel_scale'  # the parameters in the place of 'kernel' that `quantise.int8` makes
 _LEAVES_IN: contextvars.ContextVar[str] = contextvars.ContextVar('_LEAVES_IN', default='float32')
 
 
@@ -57,8 +60,10 @@ class Dense(nn.Module):
 
   @nn.compact
   def __call__(self, x: Array) -> Array:
-    kernel = self.param('kernel', uniform_init(self.init_scale), (x.shape[-1], self.features))
+    kernel = kernel_of(self, uniform_init(self.init_scale), (x.shape[-1], self.features))
     bias = self.param('bias', nn.initializers.zeros, (self.features,))
+    if isinstance(kernel, Integers):
+      return in_integers(x, kernel, bias, self.dtype)
     return affine(_dot, _dot_kernel_grad, x, kernel, bias, self.dtype)
 
 
@@ -76,8 +81,10 @@ class Conv(nn.Module):
   @nn.compact
   def __call__(self, x: Array) -> Array:
     dims = x.ndim - 2
-    kernel = self.param('kernel', uniform_init(self.init_scale), (self.size,) * dims + (x.shape[-1], self.features))
+    kernel = kernel_of(self, uniform_init(self.init_scale), (self.size,) * dims + (x.shape[-1], self.features))
     bias = self.param('bias', nn.initializers.zeros, (self.features,))
+    if isinstance(kernel, Integers):
+      return in_integers(x, kernel, bias, self.dtype, self.stride)
     if self.size == 1 and self.stride == 1:
       return affine(_dot, _dot_kernel_grad, x, kernel.reshape(kernel.shape[-2:]), bias, self.dtype)
     return affine(functools.partial(_conv, stride=self.stride),
@@ -153,8 +160,62 @@ def _backward(product, kernel_grad, dtype, saved, g):
 _low_precision.defvjp(_forward, _backward)
 
 
-def _dot(x, kernel):
-  return x @ kernel
+# Eight bits
+
+
+class Integers(NamedTuple):
+  """A kernel [*K, inputs, outputs] as int8 values, those of each output to be multiplied by its scale [outputs]."""
+  values: Array
+  scale: Array
+
+
+def kernel_of(layer: nn.Module, init: Callable, shape: tuple[int, ...]) -> Array | Integers:
+  """A layer's parameter 'kernel', or what `quantise.int8` has put in its place."""
+  if layer.has_variable('params', VALUES):
+    return Integers(layer.get_variable('params', VALUES), layer.get_variable('params', SCALE))
+  return layer.param('kernel', init, shape)
+
+
+def rounded(x: Array, axes: Sequence[int]) -> tuple[Array, Array]:
+  """x as int8 times a float32 scale, which along `axes` is one: the largest |x| becomes 127, and 0 is exact.
+
+  What is not finite makes the scale so: it is not hidden.
+  """
+  x = x.astype(jnp.float32)
+  largest = jnp.max(jnp.abs(x), axis=tuple(axes), keepdims=True)
+  largest = jnp.where(largest == 0, 127, largest)
+  return jnp.round(x * (127 / largest)).astype(jnp.int8), largest / 127
+
+
+def in_integers(x: Array, kernel: Integers, bias: Array, dtype: str, stride: int = 1) -> Array:
+  """x times the kernel, plus bias, in `dtype`: int8 by int8, summed as int32, scaled in float32.
+
+  A matrix takes x [.., C], each row with a scale of its own, a convolution x [B, *S, C], each example: no example
+  depends on the others.
+  """
+  values, scale = kernel
+  if math.prod(values.shape[:-2]) == stride == 1:
+    x, range_of = rounded(x, [-1])
+    total = _dot(x, values.reshape(values.shape[-2:]), jnp.int32)
+  else:
+    x, range_of = rounded(x, range(1, x.ndim))
+    # XLA convolves no integers on GPUs.
+    total = (_patches_dot if jax.default_backend() == 'gpu' else _plain_conv)(x, values, stride, jnp.int32)
+  return (total.astype(jnp.float32) * (range_of * scale) + bias).astype(dtype)
+
+
+def _patches_dot(x, kernel, stride, dtype):
+  """_plain_conv as one product of a matrix: what the kernel sees at each place, side by side."""
+  window = kernel.shape[:-2]
+  x = jnp.pad(x, [(0, 0), *(_padding(n, k, stride) for n, k in zip(x.shape[1:-1], window, strict=True)), (0, 0)])
+  last = [n - k + 1 for n, k in zip(x.shape[1:-1], window, strict=True)]
+  seen = [x[(slice(None), *(slice(i, i + n, stride) for i, n in zip(offsets, last, strict=True)))]
+          for offsets in itertools.product(*map(range, window))]
+  return _dot(jnp.concatenate(seen, -1), kernel.reshape(-1, kernel.shape[-1]), dtype)
+
+
+def _dot(x, kernel, dtype=None):
+  return jnp.matmul(x, kernel, preferred_element_type=dtype)
 
 
 def _dot_kernel_grad(x, g, dtype=None):
@@ -177,12 +238,13 @@ def _conv(x, kernel, stride):
   return _plain_conv(x, kernel, stride)
 
 
-def _plain_conv(x, kernel, stride=1):
+def _plain_conv(x, kernel, stride=1, dtype=None):
   dims = x.ndim - 2
   space = ''.join('DHW'[3 - dims:])
   padding = [_padding(n, k, stride) for n, k in zip(x.shape[1:-1], kernel.shape, strict=False)]
   return lax.conv_general_dilated(x, kernel, (stride,) * dims, padding,
-                                  dimension_numbers=(f'N{space}C', f'{space}IO', f'N{space}C'))
+                                  dimension_numbers=(f'N{space}C', f'{space}IO', f'N{space}C'),
+                                  preferred_element_type=dtype)
 
 
 # x @ kernel, whose kernel gradient is x^T g in this order. JAX's own is (g^T x)^T, for which XLA's CPU backend writes a

@@ -146,5 +146,7 @@ class _Product(nn.Module):
 
   @nn.compact
   def __call__(self, x: Array) -> Array:
-    kernel = self.param('kernel', layers.uniform_init(), (x.shape[-1], self.features))
-    return layers.affine(layers._dot, layers._dot_kernel_grad, x, kernel, jnp.zeros(self.features), self.dtype)
+    kernel, bias = layers.kernel_of(self, layers.uniform_init(), (x.shape[-1], self.features)), jnp.zeros(self.features)
+    if isinstance(kernel, layers.Integers):
+      return layers.in_integers(x, kernel, bias, self.dtype)
+    return layers.affine(layers._dot, layers._dot_kernel_grad, x, kernel, bias, self.dtype)
