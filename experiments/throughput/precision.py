@@ -85,7 +85,8 @@ def of_net(name: str, rounds: int) -> list[dict[str, Any]]:
 def of_run(flags: argparse.Namespace) -> list[dict[str, Any]]:
   """The records of a run, one for each precision."""
   trained, settings = open_run(flags)
-  config, num, size = trained.model.config, flags.num or 500, settings.batch_size
+  config, num = trained.model.config, flags.num or 500
+  settings = Config({**settings, 'batch_size': settings.batch_size or 64})
   with explain('--features'):
     extractor = features.make(flags.features or config.eval.features)
   with explain('config.data'):
@@ -93,25 +94,19 @@ def of_run(flags: argparse.Namespace) -> list[dict[str, Any]]:
   against, records, calls, exact = score.Against(extractor, ref, None, ('fd',), True), [], {}, None
   for precision in PRECISIONS:
     made = reduced(trained, precision)
-    images = drawn(made, settings, flags.seed, num, size)
+    generator = Generator(made.model, settings, flags.seed, made.mesh)
+    images = generator.draw(made.params, range(num), labels_of(range(num), made.model.num_classes))
     exact = images if exact is None else exact
     line = score.score(extractor.extract(images), against, None)[0]
     records.append({
         'what': f'{pathlib.Path(flags.workdir).resolve().name}, {num} samples', 'precision': precision,
         'bytes': held(made.params['net']), 'metric': line['metric'], 'distance': line['value'], 'ci': line['ci'],
         'psnr': psnr(images, exact) if precision else None, 'num_samples': num,
-        **describe(settings), 'steps': settings.steps, 'seed': flags.seed, 'batch_size': size, 'step': trained.step})
-    calls[precision] = forward(made, size)
+        **describe(settings), **{key: settings[key] for key in ('steps', 'batch_size')}, 'seed': flags.seed,
+        'step': trained.step})
+    calls[precision] = forward(made, settings.batch_size)
   found = passes(calls, flags.rounds)
   return [record | found[record['precision']] for record in records]
-
-
-def drawn(trained: Trained, settings: Config, seed: int, num: int, size: int) -> np.ndarray:
-  """Samples 0 .. num-1: uint8 [num, *S, C]."""
-  generator = Generator(trained.model, settings, seed, trained.mesh)
-  labels = labels_of(range(num), trained.model.num_classes)
-  return np.concatenate([generator(trained.params, range(i, min(i + size, num)), labels[i:i + size])
-                         for i in range(0, num, size)])
 
 
 def forward(trained: Trained, size: int) -> Callable[[], jax.Array]:
