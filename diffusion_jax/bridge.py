@@ -41,7 +41,7 @@ UNETS = (*unet2d.CLASSES, *unet_condition.CLASSES)
 CLASSES = (*UNETS, *autoencoder.CLASSES, *clip.CLASSES, *controlnet.CLASSES)
 # Parts of a pipeline that are converted, and those that are left out: they change no image that they let pass.
 KNOWN, LEFT_OUT = ('unet', 'scheduler', 'vae', 'text_encoder', 'tokenizer'), ('safety_checker', 'feature_extractor')
-STEMS = {'unet': 'diffusion_pytorch_model', 'vae': 'diffusion_pytorch_model', 'text_encoder': 'model'}
+STEMS = {**dict.fromkeys(('unet', 'vae', 'controlnet'), 'diffusion_pytorch_model'), 'text_encoder': 'model'}
 GUIDANCE = 7.5  # of text, where a pipeline does not say
 
 
@@ -233,13 +233,19 @@ def to_pipeline(trained: Trained, workdir: pathlib.Path, folder: pathlib.Path, d
       raise UserError('diffusers has text with the text encoder of CLIP and an autoencoder alone: config.text must be '
                       'clip, and config.codec kl')
     parts['text_encoder'] = clip.config(model.text.net), clip.to_theirs(model.text.net, params['text'], dtype)
+    if model.control:
+      parts['controlnet'] = (controlnet.config(model.control, channels, linear),
+                             controlnet.to_theirs(model.control, params['control'], dtype, linear))
   elif 'vae' in parts:
     raise UserError('diffusers has no pipeline of latents without text: config.codec must be pixels')
+  elif model.control:
+    raise UserError('diffusers has a ControlNet of text-to-image networks alone, and config.net is none of those')
   settings = {name: config[name] for name in ('process', 'target', 'noise')}
   settings |= {name: config.sample[name] for name in ('sampler', 'grid', 'clip', 'threshold')}
   scheduler = schedulers.to_theirs(settings, config.sample.steps)
 
-  kind = 'StableDiffusionPipeline' if text else 'DDPMPipeline' if 'DDPM' in scheduler['_class_name'] else 'DDIMPipeline'
+  kind = ('StableDiffusionControlNetPipeline' if model.control else 'StableDiffusionPipeline' if text else
+          'DDPMPipeline' if 'DDPM' in scheduler['_class_name'] else 'DDIMPipeline')
   with whole(folder) as made:
     for name, (about, tensors) in parts.items():
       files.write(made / name, about, tensors, STEMS[name])
@@ -248,7 +254,8 @@ def to_pipeline(trained: Trained, workdir: pathlib.Path, folder: pathlib.Path, d
       own = workdir / TOKENIZER
       tokenizer.read(own if own.exists() else pathlib.Path(config.text.tokenizer)).write(made / 'tokenizer')
     libraries = {'text_encoder': ('transformers', 'CLIPTextModel'), 'tokenizer': ('transformers', 'CLIPTokenizer'),
-                 **{name: ('diffusers', parts[name][0]['_class_name']) for name in ('unet', 'vae') if name in parts},
+                 **{name: ('diffusers', about['_class_name']) for name, (about, _) in parts.items()
+                    if name != 'text_encoder'},
                  'scheduler': ('diffusers', scheduler['_class_name'])}
     index = {name: list(libraries[name]) for name in ('unet', 'scheduler', *parts, *(['tokenizer'] if text else []))}
     none = {name: [None, None] for name in (*LEFT_OUT, 'image_encoder')} | {'requires_safety_checker': False}

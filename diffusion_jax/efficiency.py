@@ -6,7 +6,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from diffusion_jax.generator import Generator, labels_of
+from diffusion_jax.drawn import Asked
+from diffusion_jax.generator import Generator
 from diffusion_jax.model import Model
 from diffusion_jax.runtime import sharding
 from diffusion_jax.runtime.config import Config
@@ -15,9 +16,9 @@ from diffusion_jax.trained import Trained
 LATENCY_ROUNDS = 3
 
 
-def fixed(generator: Generator, trained: Trained, config: Config, seed: int) -> list[dict[str, Any]]:
+def fixed(generator: Generator, trained: Trained, config: Config, seed: int, asked: Asked) -> list[dict[str, Any]]:
   """The records that depend on the sampling settings alone: latency of one image, compilation, memory, FLOPs."""
-  rounds = _latencies(trained, config, seed)
+  rounds = _latencies(trained, config, seed, asked)
   memory = generator.compile(trained.params).memory_analysis()
   records = [
       {'metric': 'latency_seconds', 'value': statistics.median(rounds), 'ci': [min(rounds), max(rounds)],
@@ -55,7 +56,7 @@ def network_flops(model: Model, params: Any, batch_size: int) -> float:
   return max((cost or {}).get('flops', 0.0), 0.0) / batch_size
 
 
-def _latencies(trained, config, seed):
+def _latencies(trained, config, seed, asked):
   """Seconds of a few samples drawn one at a time on one device."""
   single = Generator(trained.model, Config({**config, 'batch_size': 1}), seed,
                      sharding.make_mesh(1, 1, devices=jax.local_devices()[:1]))
@@ -63,7 +64,7 @@ def _latencies(trained, config, seed):
   single.compile(params)
   rounds = []
   for i in range(LATENCY_ROUNDS):
-    began = time.perf_counter()
-    single(params, [i], labels_of([i], trained.model.num_classes))
+    what, began = asked([i]), time.perf_counter()
+    single(params, [i], *what)
     rounds.append(time.perf_counter() - began)
   return rounds

@@ -22,8 +22,8 @@ import numpy as np
 
 from diffusion_jax import audit, capacity, efficiency, encode
 from diffusion_jax.data import sources
-from diffusion_jax.drawn import Samples
-from diffusion_jax.generator import Generator, labels_of
+from diffusion_jax.drawn import Asked, Samples
+from diffusion_jax.generator import Generator
 from diffusion_jax.metrics import features, intervals, scores
 from diffusion_jax.model import open_data
 from diffusion_jax.runtime import command, distributed, log, paths
@@ -53,7 +53,7 @@ class Evaluator:
     self.seeds = parse_numbers('--seeds', flags.seeds) if flags.seeds else [flags.seed]
     self.sweep = list(itertools.product(_numbers('--sweep_steps', flags.sweep_steps, int),
                                         _numbers('--sweep_guidance', flags.sweep_guidance, float)))
-    self.against = None  # what needs the data and the networks is made at the first evaluation
+    self.against = self.asked = None  # what needs the data and the networks is made at the first evaluation
     self.generators, self.costs = {}, {}
     self.records = self.workdir / 'eval.jsonl'
 
@@ -66,6 +66,7 @@ class Evaluator:
       trained = reduced(trained, sampling.precision)
       if self.against is None:
         self._generators(trained, sampling)
+        self._ask(trained.model)
         self.against = [self._against(text) for text in (self.flags.features or self.config.eval.features).split(',')]
       for point in self.sweep:
         rows = [self._point(trained, sampling, params_hash, point, seed) for seed in self.seeds]
@@ -80,6 +81,23 @@ class Evaluator:
       generator = capacity.fitted(Generator(trained.model, settings, 0, trained.mesh), trained.params,
                                   -(-self.num // distributed.count()))
       self.generators[point] = generator, Config({**settings, 'batch_size': generator.batch_size})
+
+  def _ask(self, model):
+    """What samples are asked for: of a model that is given something, the rest of the held-out images."""
+    self.asked, self.given = Asked(model), {}
+    if model.given:
+      data, settings = self.config.data, self.config.eval
+      with explain('config.data'):
+        try:
+          source = open_data(data, settings.held_out or settings.split)
+        except (ValueError, OSError) as e:
+          warnings.warn(f'there are no held-out images to be given, those of {settings.split} are: {e}', stacklevel=2)
+          source = open_data(data, settings.split)
+        images_hash, _ = encode.identify(source, data.max_bad)
+      how = self.config.given
+      self.given = {'given': f'{how.fn.partition(":")[2]} of {source.name}/{source.split}',
+                    'given_hash': _hash([how.to_dict(), images_hash])}
+      self.asked = Asked(model, source)
 
   @staticmethod
   def _settings(sampling, point):
@@ -114,10 +132,10 @@ class Evaluator:
     about = {
         'step': trained.step, 'images': trained.images, 'ema': trained.ema, 'params_hash': params_hash,
         **describe(settings), 'steps': settings.steps, **{key: settings[key] for key in GUIDANCE},
-        'clip': settings.clip, 'seed': seed, 'batch_size': settings.batch_size,
+        'clip': settings.clip, 'seed': seed, 'batch_size': settings.batch_size, **self.given,
         **({'precision': settings.precision} if settings.precision else {})}
     folder = self.workdir / 'eval' / _hash(about)
-    samples = Samples(generator, trained, self.num, folder)
+    samples = Samples(generator, trained, self.num, folder, self.asked)
     return [self._evaluation(samples, point, {'run': self.workdir.resolve().name, **about}, against)
             for against in self.against]
 
@@ -141,15 +159,21 @@ class Evaluator:
       return found
     with explain('features'):
       seen = samples.features(extractor)
-    labels = labels_of(range(self.num), samples.trained.model.num_classes)
+    classes = samples.trained.model.num_classes
     with explain('metrics'):
-      lines = score(seen, against, labels if _classes(seen) == samples.trained.model.num_classes else None)
+      labels = self.asked.labels(range(self.num)) if _classes(seen) == classes else None
+      lines = score(seen, against, labels)
+    if self.given:
+      size = samples.generator.batch_size
+      psnr = scores.psnr((images, self.asked.images(range(i * size, i * size + len(images))))
+                         for i, (_, images) in enumerate(samples.batches()))
+      lines.append({'metric': psnr.metric, 'value': psnr.value, 'ci': psnr.ci, 'unit': ''})
     if flags.audit:
       lines += self._audit(samples, seen, against)
     lines += efficiency.throughput(samples.generator, samples.seconds, samples.made, flags.price_per_hour)
     if point not in self.costs:
       settings = self.generators[point][1]
-      self.costs[point] = efficiency.fixed(samples.generator, samples.trained, settings, about['seed'])
+      self.costs[point] = efficiency.fixed(samples.generator, samples.trained, settings, about['seed'], self.asked)
     lines += self.costs[point]
     common |= {'evaluation': evaluation, 'nfe': samples.generator.nfe, 'lines': len(lines),
                'seconds': time.perf_counter() - began, 'time': log.now(), **log.provenance()}

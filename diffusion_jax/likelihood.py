@@ -254,6 +254,8 @@ def main(argv: Sequence[str] | None = None) -> int:
   model, config = trained.model, trained.model.config
   if model.shape != model.image_shape:
     raise UserError('bits per dimension are of pixels, and this model sees latents: config.codec must be pixels')
+  if model.given:
+    raise UserError('bits per dimension are of whole images, and this model draws the rest of what it is given of one')
   names = _applicable(names, model, named=bool(flags.estimator))
   data = load(config, flags.split, flags.num, model)
   jobs = [_job(name, flags, trained, data) for name in names]

@@ -15,7 +15,7 @@ from diffusion_jax.convert import tokenizer
 from diffusion_jax.core import diffusion, givens, levels, losses, schedules, targets
 from diffusion_jax.core.diffusion import Diffusion
 from diffusion_jax.core.types import Array, Denoise
-from diffusion_jax.nets import codecs, encoders, lora
+from diffusion_jax.nets import codecs, controlnet, encoders, lora
 from diffusion_jax.runtime import optim, sharding
 from diffusion_jax.runtime.checkpoint import abstract_with
 from diffusion_jax.runtime.config import Config, UserError, build, explain
@@ -40,9 +40,15 @@ class Model(NamedTuple):
   captions: tuple[str, ...] = ()  # of a model of text: its data's, by label
   tokenise: Callable[[Sequence[str]], np.ndarray] | None = None
   given: givens.Given | None = None
+  control: controlnet.ControlNet | None = None  # what `given` goes to in the net's place
+
+  @property
+  def beside(self) -> str:
+    """The name of what is trained beside a net that is frozen: 'lora', 'control', or '' if the net itself is."""
+    return 'lora' if self.config.lora.rank else 'control' if self.control else ''
 
   def init(self, key: Array) -> dict[str, Any]:
-    """All parameters: 'net' and 'process', and 'weight', 'text', 'codec' and 'lora' where the config has them."""
+    """All parameters: 'net' and 'process', and 'weight', 'text', 'codec' and `beside` where the config has them."""
     net_key, process_key = jax.random.split(key)
     parts = {'process': self.diffusion.process.init(process_key),
              'weight': self.weight.init(jax.random.fold_in(key, 2)),
@@ -50,15 +56,18 @@ class Model(NamedTuple):
              'codec': self.codec.init(jax.random.fold_in(key, 4), self.image_shape)}
     example = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), self.about_shapes(1))
     cond = self.cond(parts, example)
-    parts['net'] = self.net.init(net_key, jnp.zeros((1, *self.shape)), jnp.zeros(1), cond)['params']
-    if (adapters := self.config.lora).rank:
+    inputs = jnp.zeros((1, *self.shape)), jnp.zeros(1), cond
+    parts['net'] = self.net.init(net_key, *inputs)['params']
+    if self.beside == 'lora':
+      adapters = self.config.lora
       parts['lora'] = lora.init(jax.random.fold_in(key, 5), parts['net'], adapters.rank, adapters.pattern)
+    elif self.beside == 'control':
+      parts['control'] = self.control.init(jax.random.fold_in(key, 6), *inputs)['params']
     return {name: part for name, part in parts.items() if part or name in ('net', 'process')}
 
   def is_frozen(self, name: str) -> bool:
     """Whether the parameters of that name are used and not trained."""
-    adapted = self.config.lora.rank > 0
-    frozen = {'codec': True, 'net': adapted, 'text': adapted or (self.text and not self.text.trained)}
+    frozen = {'codec': True, 'net': self.beside, 'text': self.beside or (self.text and not self.text.trained)}
     return bool(frozen.get(name))
 
   def whole(self, params: Mapping[str, Any], frozen: Mapping[str, Any] | tuple = ()) -> dict[str, Any]:
@@ -77,7 +86,8 @@ class Model(NamedTuple):
     shape = jax.ShapeDtypeStruct
     about = self.about(shape((size, self.text.length) if self.text else (size,), jnp.int32))
     if self.given:
-      about['image'] = shape((size, *self.shape[:-1], self.given.channels(self.shape[-1])), jnp.float32)
+      *space, channels = self.image_shape
+      about['image'] = shape((size, *space, self.given.channels(channels)), jnp.float32)
     return about
 
   def labels(self, chosen: Sequence[int] | Sequence[str]) -> np.ndarray:
@@ -96,6 +106,8 @@ class Model(NamedTuple):
   def cond(self, params: Mapping[str, Any], about: Mapping[str, Array], drop: Array | None = None) -> dict[str, Array]:
     """What the net is conditioned on, of what is known of examples; where `drop` [B], the null class or no text."""
     cond = {name: value for name, value in about.items() if name not in ('label', 'tokens')}
+    if self.control:
+      cond['hint'] = (cond.pop('image') + 1) / 2
     if self.text:
       tokens = about['tokens']
       tokens = tokens if drop is None else jnp.where(drop[:, None], self.tokenise(['']), tokens)
@@ -104,9 +116,15 @@ class Model(NamedTuple):
       cond['label'] = about['label']
     return cond | {'drop': drop} if drop is not None and (self.text or self.num_classes) else cond
 
+  def apply(self, params: Mapping[str, Any], x: Array, noise: Array, cond: Mapping[str, Array], **how: Any) -> Array:
+    """The network's output, steered by the ControlNet if there is one; how: train and rngs."""
+    if self.control:
+      cond = {**cond, 'control': self.control.apply({'params': params['control']}, x, noise, cond, **how)}
+    return self.net.apply({'params': params['net']}, x, noise, cond, **how)
+
   def denoiser(self, params: Mapping[str, Any], cond: Mapping[str, Array]) -> Denoise:
     """The denoiser of `params`, without dropout."""
-    net = lambda x, noise: self.net.apply({'params': params['net']}, x, noise, cond)
+    net = lambda x, noise: self.apply(params, x, noise, cond)
     return diffusion.denoiser(net, self.diffusion, params['process'])
 
 
@@ -123,11 +141,19 @@ def make(config: Config, shape: tuple[int, ...], num_classes: int, captions: Seq
                     f'{num_classes}' + (', or to 0 to ignore the labels' if num_classes else ''))
   with explain('config.codec'):
     latent = codec.latent(shape)
+  given, control = given if given.takes else None, None
+  if config.control:
+    if not given:
+      raise UserError('config.control needs to know what of an image steers: set config.given to edges, or to another')
+    with explain('config.control'):
+      control = controlnet.beside(net, given.channels(shape[-1]), shape[0] // latent[0])
+  elif given and tuple(latent) != tuple(shape):
+    raise UserError('config.given is of images, and the net sees latents: take the codec pixels, or given none, or set '
+                    'config.control')
   tokenise = text and (text.tokenise or functools.partial(_tokenise, config, folder, text.length))
   model = Model(config, net, Diffusion(build(config.process), build(config.target), build(config.noise)),
                 codec, tuple(latent), tuple(shape), len(captions) if text else wanted, build(config.draw),
-                build(config.weight), text, tuple(captions) if text else (), tokenise,
-                given if given.takes else None)
+                build(config.weight), text, tuple(captions) if text else (), tokenise, given, control)
   with explain('config.net'):
     out = jax.eval_shape(lambda key: denoised(model, model.whole(model.init(key))), jax.random.key(0))
   _check_fits(model, has_variance=out[1] is not None)
@@ -157,13 +183,11 @@ def denoised(model: Model, params: Mapping[str, Any]) -> tuple:
 def _check_fits(model: Model, has_variance: bool) -> None:
   """Raises UserError for parts of a config that cannot work together, each of them right by itself."""
   config, process, weight = model.config, model.diffusion.process, model.weight
-  wanted = model.given.channels(model.shape[-1]) if model.given else 0
+  wanted = model.given.channels(model.shape[-1]) if model.given and not model.control else 0
   for key, found, needed, what in [('image', getattr(model.net, 'image', 0), wanted, 'config.given'),
                                    ('augment', getattr(model.net, 'augment', 0), 9, 'config.data.augment')]:
     if found != needed and (key == 'image' or config.data.augment):
       raise UserError(f'config.net.{key} is {found}, and {what} gives the net {needed} channels: set it to {needed}')
-  if model.given and model.shape != model.image_shape:
-    raise UserError('config.given is of images, and the net sees latents: take the codec pixels, or given none')
   name = lambda part: part.fn.partition(':')[2]
   start = process.init(jax.random.key(0))
   if jax.tree.leaves(start) and not weight.ends:

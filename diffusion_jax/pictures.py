@@ -74,7 +74,7 @@ def given_picture(model: Model, image: str | None, mask: str | None) -> np.ndarr
                                        f'{model.config.given.fn.partition(":")[2]}'))
   if not model.given:
     return None
-  pictures = {'mask' if flag == '--mask' else 'image': _read(flag, file, flag == '--mask' or model.shape[-1] == 1)
+  pictures = {'mask' if flag == '--mask' else 'image': _read(flag, file, flag == '--mask' or model.image_shape[-1] == 1)
               for flag, file in files.items() if file}
   with explain('--image'):
     found = model.given.of(2 * pictures['image'] - 1, *([pictures['mask']] if 'mask' in pictures else []))

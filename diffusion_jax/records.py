@@ -21,7 +21,8 @@ SETTINGS = ('step', 'ema', 'params_hash', 'sampler', 'estimator', 'grid', 'steps
             'guidance_high', 'guidance_rescale', 'threshold', 'clip', 'precision', 'seed', 'seeds', 'num_samples',
             'split')
 # What must agree for two values to be comparable.
-QUALITY = ('features', 'features_hash', 'reference_hash', 'reference_samples', 'num_samples', 'quantisation')
+QUALITY = ('features', 'features_hash', 'reference_hash', 'reference_samples', 'num_samples', 'quantisation',
+           'given_hash')
 COST = ('device', 'batch_size')
 MEMORISATION = ('reference_hash', 'num_samples', 'training_images', 'held_out_images')
 LIKELIHOOD = ('reference_hash', 'split', 'num_samples', 'conditional', 'estimator', 'grid', 'steps', 'subset', 'clip',
@@ -32,7 +33,7 @@ LOWER, HIGHER = 'lower is better', 'higher is better'
 METRICS = {
   'fid': LOWER, 'fd_dinov2': LOWER, 'fd_cifar': LOWER, 'fd_digits': LOWER, 'fd': LOWER, 'fid_infinity': LOWER,
   'sfid': LOWER, 'sfd': LOWER, 'kid': LOWER, 'cmmd': LOWER, 'inception_score': HIGHER, 'is': HIGHER, 'accuracy': HIGHER,
-  'precision': HIGHER, 'recall': HIGHER, 'density': HIGHER, 'coverage': HIGHER, 'bits_per_dim': LOWER,
+  'psnr': HIGHER, 'precision': HIGHER, 'recall': HIGHER, 'density': HIGHER, 'coverage': HIGHER, 'bits_per_dim': LOWER,
   'memorised': 'near copies', 'closer_to_train': 'half if nothing is memorised', 'memorisation': '', 'audit': '',
   'samples_per_second': '', 'latency_seconds': '', 'cost_per_1000_images': '', 'flops_per_image': '',
   'compile_seconds': '', 'peak_memory_bytes': '',
@@ -193,6 +194,8 @@ def terms(metric: str) -> tuple[str, ...]:
   """The keys in which the records of two values of a metric must agree."""
   if named(metric).base == 'flops_per_image':  # counted, not measured
     return ()
+  if named(metric).base == 'psnr':  # no network looks at the images
+    return 'num_samples', 'given_hash'
   if kind(metric) == 'memorisation':
     return MEMORISATION if named(metric).base.endswith('_pixels') else ('features', 'features_hash', *MEMORISATION)
   return {'cost': COST, 'likelihood': LIKELIHOOD}.get(kind(metric), QUALITY)
@@ -236,6 +239,7 @@ PHRASES = {  # term: what comes before its value, and what to do where it differ
   'reference_samples': ('against', 'evaluate both against one reference'),
   'num_samples': ('from', 'evaluate both with one number of samples'),
   'quantisation': ('quantised by', 'evaluate both with one quantisation'),
+  'given_hash': ('given', 'compare models that are given the same of the same images'),
   'device': ('on', 'measure both on one device'),
   'batch_size': ('in batches of', 'measure both at one batch size'),
 }
@@ -245,7 +249,7 @@ def term(record: dict, key: str) -> str:
   """A term of a record in words: 'against cifar10/train (1f3a09bc77)'."""
   plain = lambda key, none: none if record.get(key) is None else setting(record[key])
   before = PHRASES.get(key, (f'with {key}',))[0]
-  name = {'features_hash': 'features', 'reference_hash': 'reference'}.get(key)
+  name = {'features_hash': 'features', 'reference_hash': 'reference', 'given_hash': 'given'}.get(key)
   if name and record.get(name):  # a digest says little by itself
     return f'{before} {plain(name, "")} ({plain(key, "unrecorded")[:10]})'
   after = {'num_samples': ' samples', 'reference_samples': ' real images'}.get(key, '')

@@ -106,7 +106,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   p.add_argument('--labels', help='their classes in turn, by number or name: 7, or cat,dog (default: every class)')
   p.add_argument('--prompt', action='append', metavar='TEXT', help='of a model of text; given again, they take turns')
   p.add_argument('--negative', help='the class, or the prompt, that guidance leads away from (default: from none)')
-  p.add_argument('--image', help='the picture to be enlarged, filled in or coloured by a model of config.given')
+  p.add_argument('--image', help='the picture that a model of config.given enlarges, fills in, colours or follows')
   p.add_argument('--mask', help='beside --image for inpainting: white where the picture is known')
   p.add_argument('--trajectory', action='store_true', help='also a strip and a GIF of x and of the x0 estimate')
   p.add_argument('--out', help='a folder, or FILE.npz, or FILE.png for the grid alone (default: WORKDIR/samples/final)')

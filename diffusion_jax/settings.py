@@ -37,6 +37,7 @@ def default_config() -> Config:
       'weight': spec(losses.simple),
       'net': spec(unet.UNet),
       'lora': {'rank': 0, 'pattern': lora.ATTENTION, 'scale': 1.0},  # with a rank, adapters are trained, not the net
+      'control': False,           # what is given steers a ControlNet, which is trained, not the net
       'start': '',                # the run folder whose parameters training starts from; '': random ones
       'label_dropout': 0.1,       # share of labels and texts replaced by none, for guidance
       'optimizer': spec(optax.adam),
@@ -105,6 +106,9 @@ def check(config: Config) -> None:
                     f'accumulate {config.train.accumulate}')
   if not 0 <= config.data.augment <= 1:
     raise UserError(f'config.data.augment must lie in [0, 1], got {config.data.augment}')
+  if config.control and config.lora.rank:
+    raise UserError('config.control trains a ControlNet beside the net, and config.lora.rank adapters: choose one, and '
+                    'give the LoRA file to `sample --lora`')
   for key, names in CHOICES.items():
     if flat[key] not in names:
       raise UserError(f'config.{key} must be {" or ".join(name or "empty" for name in names)}, got {flat[key]!r}')

@@ -5,14 +5,17 @@ from typing import Any
 
 import jax
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from diffusion_jax.convert import autoencoder, clip, files
 from diffusion_jax.model import Model
+from diffusion_jax.nets import controlnet
 from diffusion_jax.runtime import paths, snapshots
 from diffusion_jax.runtime.config import UserError
 from diffusion_jax.runtime.state import TrainState, named_leaves
 from diffusion_jax.trained import restore
 
+PARTS = 'net', 'text', 'codec', 'control'  # of another run
 ENCODERS = {'codec': autoencoder, 'text': clip}  # parts of a model whose `weights` is a folder of another library
 
 
@@ -26,7 +29,7 @@ def load(model: Model, abstract: TrainState) -> dict[str, Any]:
   config, parts = model.config, {}
   if config.start:
     there = restore(paths.folder(config.start), '', None, lambda config: None).params
-    parts = {name: jax.tree.map(snapshots.on_host, there[name]) for name in ('net', 'text', 'codec') if name in there}
+    parts = {name: jax.tree.map(snapshots.on_host, there[name]) for name in PARTS if name in there}
   for name, convert in ENCODERS.items():
     part = getattr(model, name)
     if folder := getattr(part, 'weights', ''):
@@ -35,21 +38,27 @@ def load(model: Model, abstract: TrainState) -> dict[str, Any]:
     if model.is_frozen(name) and name not in parts and hasattr(getattr(model, name), 'net'):
       raise UserError(f'config.{name} is not trained, and has no parameters: name the folder of a trained one by '
                       f'--config.{name}.weights, or a run that has it by --config.start')
-  if config.lora.rank and 'net' not in parts:
-    raise UserError('adapters are trained beside a network that has been: name its run by --config.start')
+  if model.beside and 'net' not in parts:
+    what = {'lora': 'adapters are', 'control': 'a ControlNet is'}[model.beside]
+    raise UserError(f'{what} trained beside a network that has been: name its run by --config.start')
   wanted = {**dict(abstract.frozen), **abstract.params}
   for name in parts.keys() & wanted.keys():
     _check_alike(name, parts[name], wanted[name])
+  if model.control and 'control' not in parts:
+    parts['control'] = {'encoder': controlnet.copied(wanted['control'], parts['net'])['encoder']}
   return parts
 
 
 def place(state: TrainState, parts: Mapping[str, Any]) -> TrainState:
-  """The state with its parameters, and all averages of them, replaced by those of `load`, each where it lies."""
+  """The state with those parameters, and all averages of them, that `load` gave in their place, each where it lies."""
   put = lambda found, like: jax.make_array_from_callback(
       like.shape, like.sharding, np.asarray(found, like.dtype).__getitem__)
 
+  found = flatten_dict(parts)
+
   def replaced(tree):
-    return {name: jax.tree.map(put, parts[name], part) if name in parts else part for name, part in tree.items()}
+    flat = flatten_dict(tree, keep_empty_nodes=True)
+    return unflatten_dict({path: put(found[path], like) if path in found else like for path, like in flat.items()})
 
   return state.replace(params=replaced(state.params), emas={k: replaced(ema) for k, ema in state.emas.items()},
                        frozen=replaced(state.frozen) if state.frozen else ())

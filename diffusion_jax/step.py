@@ -94,7 +94,7 @@ def make_step(model: Model, optimizer: optax.GradientTransformation, where: Trai
     x0 = spread(model.codec.encode(frozen.get('codec', {}), pixels, jax.random.fold_in(key, 6)))
     eps = jax.random.normal(eps_key, x0.shape)
     if model.given:
-      about['image'] = model.given(jax.random.fold_in(key, 7), x0)
+      about['image'] = model.given(jax.random.fold_in(key, 7), pixels if model.control else x0)
     drop = jax.random.bernoulli(drop_key, config.label_dropout, (size,))
 
     def loss_of(trained, i):
@@ -103,9 +103,10 @@ def make_step(model: Model, optimizer: optax.GradientTransformation, where: Trai
       params, given = model.whole(trained, frozen), part((about, drop))
       level, correction = part(draw.sample(level_key, size, process, params['process'], state.draw))
       cond = model.cond(params, *given)
-      net = REMAT[config.train.remat](lambda params, x, noise: model.net.apply(
-          {'params': params}, x, noise, cond, train=True, rngs={'dropout': jax.random.fold_in(dropout_key, i)}))
-      losses = diffusion.loss(functools.partial(net, params['net']), part(x0), part(eps), level, model.diffusion,
+      net = REMAT[config.train.remat](lambda nets, x, noise: model.apply(
+          nets, x, noise, cond, train=True, rngs={'dropout': jax.random.fold_in(dropout_key, i)}))
+      nets = {name: params[name] for name in ('net', 'control') if name in params}
+      losses = diffusion.loss(functools.partial(net, nets), part(x0), part(eps), level, model.diffusion,
                               model.weight, params['process'], params.get('weight'))
       corrected = losses * correction
       return corrected.mean(), (losses, corrected, level)

@@ -19,7 +19,7 @@ from diffusion_jax import bridge, cli, model, train
 from diffusion_jax import trained as trained_lib
 from diffusion_jax.convert import __main__ as convert
 from diffusion_jax.convert import controlnet, files, unet_condition
-from diffusion_jax.core import levels, samplers, schedules
+from diffusion_jax.core import givens, levels, samplers, schedules
 from diffusion_jax.generator import Generator
 from diffusion_jax.nets.controlnet import ControlNet
 from diffusion_jax.nets.text_unet import TextUNet
@@ -180,6 +180,42 @@ def test_a_model_trained_here_draws_the_same_images_there(trained, tmp_path, mon
   monkeypatch.setattr(scheduling_ddpm, 'randn_tensor', noise)
   theirs = pipe(batch_size=8, num_inference_steps=STEPS, output_type='np').images
   np.testing.assert_allclose(ours, theirs[..., 0], atol=2 / 255)
+
+
+def test_a_controlnet_trained_here_steers_there_too(text_run, loaded, tmp_path):
+  """Its train step goes through with images beside latents, its folders are read, and images are within 2 of 255."""
+  _, base = loaded
+  config = base.model.config.copy_and_resolve_references()
+  with config.unlocked():
+    config.update({'control': True, 'given': spec(givens.grey)})
+  steered = model.make(config, base.model.image_shape, 0, folder=text_run)
+  optimizer = model.optimizer_of(config)
+  state = jax.eval_shape(lambda key: model.initial_state(steered, optimizer, key), jax.random.key(0))
+  batch = [jax.ShapeDtypeStruct((1, 128, *rest), kind) for *rest, kind in ((16, 16, 3, 'uint8'), (77, 'int32'))]
+  after, _ = jax.eval_shape(train.make_step(steered, optimizer), jax.random.key(0), state, train.Metrics.empty(), None,
+                            batch)
+  assert set(state.frozen) == {'net', 'text', 'codec'} and set(state.params) == {'process', 'control'}
+  assert jax.tree.map(lambda a: a.shape, after) == jax.tree.map(lambda a: a.shape, state)
+
+  params = {**base.params, 'control': jax.tree.map(np.asarray, filled(state.params['control'], seed=9))}
+  found = base._replace(model=steered, params=params)
+  assert bridge.to_pipeline(found, text_run, tmp_path / 'there') == 'StableDiffusionControlNetPipeline'
+  back = controlnet.from_theirs(steered.control, files.read_weights(tmp_path / 'there' / 'controlnet'))
+  jax.tree.map(np.testing.assert_array_equal, back, params['control'])
+  assert controlnet.net(files.read_config(tmp_path / 'there' / 'controlnet')) == steered.control
+
+  torch = pytest.importorskip('torch', reason=WHY.format('torch'))
+  diffusers = pytest.importorskip('diffusers', reason=WHY.format('diffusers'))
+  pytest.importorskip('transformers', reason=WHY.format('transformers'))
+  grey = np.random.default_rng(0).random((8, 16, 16, 1), np.float32)
+  draw = Generator(steered, config.sample, 0, base.mesh)
+  ours = [draw(params, range(8), ['the cat'] * 8, 2 * image - 1) / 255 for image in (grey, 1 - grey)]
+  assert abs(ours[0] - ours[1]).max() > 0.1
+  pipe = diffusers.DiffusionPipeline.from_pretrained(tmp_path / 'there', local_files_only=True)
+  pipe.set_progress_bar_config(disable=True)
+  theirs = pipe(['the cat'] * 8, torch.tensor(np.moveaxis(grey, -1, 1)), guidance_scale=3.0, num_inference_steps=STEPS,
+                latents=torch.tensor(start_of(text_run)), output_type='np').images
+  np.testing.assert_allclose(ours[0], theirs, atol=2 / 255)
 
 
 # What is refused

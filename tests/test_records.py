@@ -11,15 +11,16 @@ FULL = {
   'features': 'inception', 'features_hash': '6726825d0af5', 'reference': 'cifar10/train',
   'reference_hash': '1f3a09bc77', 'reference_samples': 50000, 'num_samples': 5000,
   'quantisation': 'round', 'device': 'cpu x2', 'batch_size': 64, 'split': 'test', 'estimator': 'ode',
-  'steps': 100, 'probes': 1, 'conditional': True}
+  'steps': 100, 'probes': 1, 'conditional': True, 'given': 'grey of cifar10/test', 'given_hash': '77ab12'}
 OTHER = {
   'features': 'dinov2', 'features_hash': 'ab12', 'reference_hash': '9c0d', 'reference_samples': 10000,
-  'num_samples': 500, 'quantisation': 'truncate', 'device': 'TPU v4', 'batch_size': 1, 'split': 'train',
-  'steps': 50, 'probes': 0, 'conditional': False, 'seed': 5, 'time': 'later', 'ema': 'raw', 'guidance': 4.0,
-  'versions': {}, 'sampler': 'heun'}
-QUALITY = {'features', 'features_hash', 'reference_hash', 'reference_samples', 'num_samples', 'quantisation'}
+  'given_hash': '0b1c', 'num_samples': 500, 'quantisation': 'truncate', 'device': 'TPU v4', 'batch_size': 1,
+  'split': 'train', 'steps': 50, 'probes': 0, 'conditional': False, 'seed': 5, 'time': 'later', 'ema': 'raw',
+  'guidance': 4.0, 'versions': {}, 'sampler': 'heun'}
+QUALITY = {'features', 'features_hash', 'reference_hash', 'reference_samples', 'num_samples', 'quantisation',
+           'given_hash'}
 MUST_AGREE = {  # the protocol, in full
-  'fid_5k': QUALITY, 'precision_10k_mean': QUALITY, 'made_up': QUALITY,
+  'psnr_500': {'num_samples', 'given_hash'}, 'fid_5k': QUALITY, 'precision_10k_mean': QUALITY, 'made_up': QUALITY,
   'samples_per_second': {'device', 'batch_size'}, 'peak_memory_bytes': {'device', 'batch_size'},
   'cost_per_1000_images': {'device', 'batch_size'}, 'flops_per_image': set(),
   'memorised_share_pixels_5k': {'reference_hash', 'num_samples'},

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from diffusion_jax.core.types import Array, expand, require
 
-__all__ = ['grey', 'low_resolution', 'masked', 'none']
+__all__ = ['edges', 'grey', 'low_resolution', 'masked', 'none']
 LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601
 
 
@@ -109,15 +109,35 @@ def masked(least: float = 0.1, most: float = 0.5) -> Given:
 
 def grey() -> Given:
   """Colourisation: the luma of an RGB image. of(image [B, *S, 3], or [B, *S, 1] that is grey already)."""
+  return Given(lambda c: 1, lambda key, x0: _luma(x0), _luma, ('image',))
+
+
+def edges() -> Given:
+  """How steep the luma is, by Sobel's filter on any number of axes: -1 where it is flat, 1 where black meets white.
+
+  One channel, what a ControlNet is often steered by (Zhang et al. 2023 take Canny's edges, which keep the steepest
+  alone). of(image [B, *S, 3 or 1]): a picture whose edges are found.
+  """
+  def slope(x, along):
+    for axis in range(1, x.ndim - 1):
+      before, after = (jnp.take(x, jnp.clip(jnp.arange(n := x.shape[axis]) + i, 0, n - 1), axis) for i in (-1, 1))
+      x = (after - before) / 2 if axis == along else (before + 2 * x + after) / 4
+    return x
+
   def of(image):
-    require(image.shape[-1] in (1, 3), f'grey needs images of 3 channels, or of 1 for sampling, got {image.shape[-1]}')
-    return image if image.shape[-1] == 1 else jnp.sum(image * jnp.array(LUMA, image.dtype), -1, keepdims=True)
+    x = _luma(image)
+    return 2 * jnp.minimum(jnp.sqrt(sum(slope(x, axis) ** 2 for axis in range(1, x.ndim - 1))), 1) - 1
 
   return Given(lambda c: 1, lambda key, x0: of(x0), of, ('image',))
 
 
 def _keys(key, count):
   return jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(count))
+
+
+def _luma(image):
+  require(image.shape[-1] in (1, 3), f'luma is of 3 channels, or of 1 that has it already, got {image.shape[-1]}')
+  return image if image.shape[-1] == 1 else jnp.sum(image * jnp.array(LUMA, image.dtype), -1, keepdims=True)
 
 
 def _noisy(keys, x, std):

@@ -2,7 +2,8 @@
 
 A name without a number stands for 50,000 samples; `fid_5k` was measured with 5,000, and compares with nothing else.
 """
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,7 +15,7 @@ from diffusion_jax.metrics.kernel import kid, mmd2_blocks
 from diffusion_jax.metrics.precision_recall import neighbours
 from diffusion_jax.metrics.reference import Reference
 
-__all__ = ['DEFAULTS', 'KINDS', 'Score', 'available', 'carried', 'floor', 'named', 'scores']
+__all__ = ['DEFAULTS', 'KINDS', 'Score', 'available', 'carried', 'floor', 'named', 'psnr', 'scores']
 STANDARD = 50_000      # samples that a name does not mention
 NEIGHBOURS = 10_000    # samples on each side for what rests on nearest neighbours, as Dhariwal & Nichol (2021) take
 KS = 3, 5              # which nearest neighbour: of precision and recall, of density and coverage
@@ -71,6 +72,18 @@ def floor(extractor: str, held_out: np.ndarray, ref: Reference) -> Score:
   """The Fréchet distance of real images [N, D] that the reference does not hold: what a perfect model would get."""
   value, ci = _distance(ref.moments['features'], held_out)
   return Score(f'{named("fd", extractor, len(held_out))}_floor', value, ci, {'floor_samples': len(held_out)})
+
+
+def psnr(pairs: Iterable[tuple[np.ndarray, np.ndarray]]) -> Score:
+  """The mean of 10 log10(255² / squared error) dB over at least two samples, of batches of (samples, truth).
+
+  Both are uint8 [b, *S, C]. A squared error below 1/12, that of rounding, counts as that: 58.9 dB are all there is.
+  """
+  errors = np.concatenate([np.mean((a.astype(np.float64) - b) ** 2, axis=tuple(range(1, a.ndim))) for a, b in pairs])
+  values = 10 * np.log10(255 ** 2 / np.maximum(errors, 1 / 12))
+  mean, n = float(values.mean()), len(values)
+  spread = intervals.student(n - 1) * float(values.std(ddof=1)) / math.sqrt(n)
+  return Score(f'psnr{carried(n)}', mean, (mean - spread, mean + spread), {})
 
 
 def available(kinds: Sequence[str], extractor: str, found: Mapping[str, np.ndarray], ref: Reference,

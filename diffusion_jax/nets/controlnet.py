@@ -86,6 +86,16 @@ class WithControl(nn.Module):
     return self.net(x, noise, {**cond, 'control': control}, train)
 
 
+def beside(net: nn.Module, hint: int, factor: int) -> ControlNet:
+  """The ControlNet of `net` for hints of so many channels that are `factor` times the size of x: 1, 2, 4 or 8.
+
+  Raises ValueError for another factor, and as ControlNet does.
+  """
+  if 2 ** (widths := max(factor, 1).bit_length()) != 2 * factor or widths > len(ControlNet.widths):
+    raise ValueError(f'a hint must be 1, 2, 4 or 8 times the size of what the network sees, got {factor} times')
+  return ControlNet(net, hint, ControlNet.widths[:widths])
+
+
 def copied(control: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, Any]:
   """Parameters of a ControlNet in which those of the encoder are copies of the U-Net's `base`.
 

@@ -28,7 +28,7 @@ ALLOWED = ['diffusion_jax.core', 'diffusion_jax.nets', 'optax']
 # that lacks one is read as if it had it. What is added to the default config is added here, and an argument that is
 # added to a function of a spec has a default that keeps what the function did.
 ADDED = {'mesh.tensor': 1, 'mesh.context': 1, 'sharding': '', 'train.reduce': 'float32', 'train.remat': 'none',
-         'train.moments': 'float32', 'train.ema_on_host': False, 'data.augment': 0.0, 'start': '',
+         'train.moments': 'float32', 'train.ema_on_host': False, 'data.augment': 0.0, 'start': '', 'control': False,
          'learning_rate.steady_images': 0, 'sample.precision': '',
          'lora': {'rank': 0, 'pattern': '', 'scale': 1.0}, 'codec': {'fn': 'diffusion_jax.nets.codecs:pixels'},
          'text': {'fn': 'diffusion_jax.nets.encoders:none'}, 'given': {'fn': 'diffusion_jax.core.givens:none'}}
