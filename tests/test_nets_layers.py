@@ -86,9 +86,11 @@ def test_handwritten_gradients_are_jaxs(gradients, name):
     np.testing.assert_allclose(handwritten, jaxs, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize('space', [(8,), (6, 4), (4, 2, 6)])
-def test_convolutions_on_cpu_have_every_derivative(space):
-  """The algorithm that is faster on CPU equals XLA's own: backward, forward, in one argument, batched, and twice."""
+@pytest.mark.parametrize(('fast', 'space'), [
+    (layers._winograd, (8,)), (layers._winograd, (6, 4)), (layers._winograd, (4, 2, 6)),
+    (layers._one_product, (5,)), (layers._one_product, (4, 3)), (layers._one_product, (2, 1, 3))])
+def test_convolutions_on_cpu_have_every_derivative(fast, space):
+  """The algorithms that are faster on CPU equal XLA's own: backward, forward, in one argument, batched, and twice."""
   with jax.enable_x64(True):
     x, kernel = jnp.asarray(normal(2, *space, 3), float), jnp.asarray(normal(*(3,) * len(space), 3, 2, seed=2), float)
     derivatives = {
@@ -100,7 +102,7 @@ def test_convolutions_on_cpu_have_every_derivative(space):
         'twice': lambda f: jax.grad(lambda k: jnp.sum(jax.grad(f)(x, k) ** 2))(kernel),
     }
     total = lambda conv: lambda x, kernel: jnp.sum(jnp.sin(conv(x, kernel)))
-    both = jit(lambda: {name: (of(total(jax.checkpoint(layers._winograd))), of(total(layers._plain_conv)))
+    both = jit(lambda: {name: (of(total(jax.checkpoint(fast))), of(total(layers._plain_conv)))
                         for name, of in derivatives.items()})()
   for name, (ours, xlas) in both.items():
     for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(xlas), strict=True):
@@ -108,7 +110,8 @@ def test_convolutions_on_cpu_have_every_derivative(space):
 
 
 @pytest.mark.skipif(jax.default_backend() != 'cpu', reason='an accelerator takes XLA\'s convolution')
-@pytest.mark.parametrize(('space', 'fast'), [((64,), True), ((8, 12), True), ((8, 9), False), ((4, 4), False)])
+@pytest.mark.parametrize(('space', 'fast'), [((64,), True), ((8, 12), True), ((8, 9), False), ((4, 4), True),
+                                               ((7,), True), ((2, 4, 4), False)])
 def test_the_fast_convolution_is_as_exact_as_float32_allows(space, fast):
   x, kernel = normal(2, *space, 64), normal(*(3,) * len(space), 64, 65, seed=2) / 24
   assert ('product' in str(jax.make_jaxpr(functools.partial(layers._conv, stride=1))(x, kernel))) == fast
@@ -152,3 +155,17 @@ def test_attention_is_its_formula_and_so_is_its_gradient(mask, causal):
   gradients = (jax.grad(lambda *a, f=f: jnp.sin(f(*a)).sum(), (0, 1, 2))(*inputs) for f in (ours, formula))
   for mine, plain in zip(*gradients, strict=True):
     np.testing.assert_allclose(mine, plain, atol=2e-6)
+
+
+@pytest.mark.skipif(jax.default_backend() != 'cpu', reason='an accelerator has kernels of its own')
+def test_attention_to_many_places_goes_by_rows_and_is_its_formula():
+  inputs = [jnp.asarray(normal(2, 1024, 1, 4, seed=i) * size, jnp.float32) for i, size in enumerate((9, 9, 1))]
+
+  def formula(query, key, value):
+    weights = jax.nn.softmax(jnp.einsum('btnh,blnh->bntl', query, key) / 2)  # sqrt(4)
+    return jnp.einsum('bntl,blnh->btnh', weights, value)
+
+  value_and_gradients = lambda f: jit(lambda *a: (*jax.vjp(f, *a)[1](jnp.cos(a[0])), f(*a)))
+  assert 'scan' in str(jax.make_jaxpr(layers.attention)(*inputs))
+  for mine, plain in zip(*(value_and_gradients(f)(*inputs) for f in (layers.attention, formula)), strict=True):
+    np.testing.assert_allclose(mine, plain, atol=1e-5 * np.abs(plain).max())

@@ -74,7 +74,7 @@ ASYNC = '''HloModule step, is_scheduled=true, num_partitions=16
 ENTRY %main.1 (a: bf16[4,8], b: f32[16]) -> f32[8] {
   %ag = (bf16[4,8]{1,0:T(8,128)(2,1)}, bf16[16,8]{1,0:T(8,128)S(1)}) all-gather-start(%a), replica_groups=[4,4]<=[16]
   %agd = bf16[16,8]{1,0} all-gather-done(%ag)
-  %ar = (f32[3,3]{1,0}, /*index=1*/f32[7]{0}, bf16[8]{0}) all-reduce-start(%x, %y, %z), replica_groups={{0,1},{2,3}}, to_apply=%add
+  %ar = (f32[3,3]{1,0}, /*index=1*/f32[7]{0}, bf16[8]{0}) all-reduce-start(%x), replica_groups={{0,1},{2,3}}
   %cp = (f32[100]{0}, f32[100]{0}, u32[]{:S(2)}, u32[]{:S(2)}) collective-permute-start(%b), source_target_pairs={{0,1}}
   %as = ((f32[16]{0}), f32[1]{0}, s32[]) async-start(%b), calls=%wrapped
   ROOT %f = f32[8]{0} fusion(%agd), kind=kLoop, calls=%other, metadata={op_name="jit(f)/all-reduce"}
