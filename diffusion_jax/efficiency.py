@@ -28,8 +28,8 @@ def fixed(generator: Generator, trained: Trained, config: Config, seed: int, ask
     peak = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
     records.append({'metric': 'peak_memory_bytes', 'value': peak, 'ci': None, 'unit': 'B',
                     'memory_of': "one device: the compiled sampler's arguments, outputs and temporaries"})
-  if flops := network_flops(trained.model, trained.params, generator.batch_size):
-    records.append({'metric': 'flops_per_image', 'value': flops * generator.nfe, 'ci': None, 'unit': 'FLOP',
+  if flops := image_flops(generator, trained):
+    records.append({'metric': 'flops_per_image', 'value': flops, 'ci': None, 'unit': 'FLOP',
                     'flops_of': "XLA's count for one network call, times the calls"})
   return records
 
@@ -44,15 +44,31 @@ def throughput(generator: Generator, seconds: float, made: int, price_per_hour: 
   return records
 
 
-def network_flops(model: Model, params: Any, batch_size: int) -> float:
-  """FLOPs of the network for one image, by XLA's count before optimisation; 0 where XLA does not say."""
-  def call(params, x, about):
+def image_flops(generator: Generator, trained: Trained) -> float:
+  """FLOPs of all network calls for one image; 0 where XLA does not say."""
+  count = lambda depth: network_flops(trained.model, trained.params, generator.batch_size, depth)
+  rest = generator.nfe - generator.whole
+  return count(0) * generator.whole + (count(generator.depth) * rest if rest else 0)
+
+
+def network_flops(model: Model, params: Any, batch_size: int, depth: int = 0) -> float:
+  """FLOPs of the network for one image, by XLA's count before optimisation; 0 where XLA does not say.
+
+  depth: of a call that is given the deep features and computes so many skip connections.
+  """
+  def call(params, x, about, deep):
     level = model.diffusion.process.level(jnp.full(batch_size, 0.5), params['process'])
-    return model.denoiser(params, model.cond(params, about))(x, level)
+    cut = lambda net: lambda x, noise: net(x, noise, depth=depth, deep=deep)[0]
+    return model.denoiser(params, model.cond(params, about), cut if depth else None)(x, level)
+
+  def deep_of(params, x, about):
+    cond = model.cond(params, about)
+    return model.net.apply({'params': params['net']}, x, jnp.zeros(batch_size), cond, depth=depth)[1]
 
   shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), params)
-  x = jax.ShapeDtypeStruct((batch_size, *model.shape), jnp.float32)
-  cost = jax.jit(call).lower(shapes, x, model.about_shapes(batch_size)).cost_analysis()
+  arguments = shapes, jax.ShapeDtypeStruct((batch_size, *model.shape), jnp.float32), model.about_shapes(batch_size)
+  deep = jax.eval_shape(deep_of, *arguments) if depth else None
+  cost = jax.jit(call).lower(*arguments, deep).cost_analysis()
   return max((cost or {}).get('flops', 0.0), 0.0) / batch_size
 
 

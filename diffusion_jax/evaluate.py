@@ -30,7 +30,7 @@ from diffusion_jax.runtime import command, distributed, log, paths
 from diffusion_jax.runtime.checkpoint import Checkpoints
 from diffusion_jax.runtime.config import Config, UserError, explain, from_json, nearest
 from diffusion_jax.runtime.state import digest
-from diffusion_jax.sample import GUIDANCE, add_flags, describe, open_run, parse_numbers
+from diffusion_jax.sample import CACHE, GUIDANCE, add_flags, describe, open_run, parse_numbers
 from diffusion_jax.score import FEATURES, Against, given, kinds_of, score, show
 from diffusion_jax.trained import reduced
 
@@ -133,7 +133,8 @@ class Evaluator:
         'step': trained.step, 'images': trained.images, 'ema': trained.ema, 'params_hash': params_hash,
         **describe(settings), 'steps': settings.steps, **{key: settings[key] for key in GUIDANCE},
         'clip': settings.clip, 'seed': seed, 'batch_size': settings.batch_size, **self.given,
-        **({'precision': settings.precision} if settings.precision else {})}
+        **({'precision': settings.precision} if settings.precision else {}),
+        **({key: settings[key] for key in CACHE} if settings.cache_every > 1 else {})}
     folder = self.workdir / 'eval' / _hash(about)
     samples = Samples(generator, trained, self.num, folder, self.asked)
     return [self._evaluation(samples, point, {'run': self.workdir.resolve().name, **about}, against)

@@ -6,7 +6,7 @@ not compiled anew.
 import copy
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -15,9 +15,10 @@ import numpy as np
 
 from diffusion_jax import capacity
 from diffusion_jax import model as model_lib
-from diffusion_jax.core import adaptive, guidance, samplers
+from diffusion_jax.core import adaptive, caching, guidance, samplers
 from diffusion_jax.core.types import Denoise, Denoiser, Level
 from diffusion_jax.model import Model
+from diffusion_jax.nets.blocks import check_depth
 from diffusion_jax.runtime import distributed, sharding, snapshots
 from diffusion_jax.runtime.config import Config, UserError, build, explain
 
@@ -51,10 +52,14 @@ class Generator:
     with explain('sampling'):
       guided(lambda x, level: x, lambda x, level: x, config)  # its settings are checked before anything is compiled
     self._networks = 1 if config.guidance == 1 else 2
+    self.depth = _cache_depth(model, self.sampler, config)
+    of_each = [self.calls] * self._networks
     if _limited(config) and self.sampler.calls:
       ratio = _visited(self.sampler, self.grid)
       inside = (config.guidance_low < ratio) & (ratio <= (config.guidance_high or math.inf))
-      self.calls, self._networks = self.calls + int(inside.sum()), 1
+      of_each = [self.calls, int(inside.sum())]
+      self.calls, self._networks = sum(of_each), 1
+    self._whole = sum(math.ceil(calls / config.cache_every) for calls in of_each) if self.depth else 0
     self._compiled = None
     self.compile_seconds = 0.0
     self._model, self._root = model, model_lib.key(seed, 'sample')
@@ -73,9 +78,11 @@ class Generator:
       keys = jax.vmap(lambda i: jax.random.fold_in(root, i))(ids)
       other, dropped = (jnp.broadcast_to(a, (len(ids), *a.shape)) for a in led_from)
       ref = model.cond(params, {**about, **model.about(other)}, dropped)
-      denoise = guided(model.denoiser(params, model.cond(params, about)), model.denoiser(params, ref), config)
+      cache = caching.Cache(config.cache_every, self.depth)
+      denoise = guided(model.denoiser(params, model.cond(params, about), cache.net),
+                       model.denoiser(params, ref, cache.net if config.guidance != 1 else None), config, cache.cond)
       x = samplers.prior(keys, model.shape, jax.tree.map(lambda a: a[0], grid))
-      found = samplers.solve(sampler, denoise, x, grid, keys, trajectory)
+      found = samplers.solve(cache.sampler(sampler), denoise, x, grid, keys, trajectory)
       images, calls = found if counts else (found, ())
       return jax.tree.map(lambda x: decode(params, x), images), calls
 
@@ -107,6 +114,11 @@ class Generator:
     """
     calls = self.calls if isinstance(self.calls, int) else math.ceil(np.mean(self.calls or [0]))
     return calls * self._networks
+
+  @property
+  def whole(self) -> int:
+    """Those of the `nfe` that compute the whole network: all, unless features are cached."""
+    return self._whole if self.depth else self.nfe
 
   def compile(self, params: Any) -> 'jax.stages.Compiled':
     """Compiles, once, and notes the seconds it took."""
@@ -162,17 +174,33 @@ class Generator:
     return params, *shared, *each
 
 
-def guided(denoise: Denoise, ref: Denoise, config: Config) -> Denoise:
-  """`denoise` led away from `ref`, within bounds, as the sampling settings say."""
+def guided(denoise: Denoise, ref: Denoise, config: Config, cond: Callable = jax.lax.cond) -> Denoise:
+  """`denoise` led away from `ref`, within bounds, as the sampling settings say; cond: as of `guidance.interval`."""
   guide = lambda d: guidance.cfg(d, ref, config.guidance)
   rescaled = lambda d: guidance.rescale(d, guide, config.guidance_rescale) if config.guidance_rescale else guide(d)
   if _limited(config):
-    denoise = guidance.interval(denoise, rescaled, config.guidance_low, config.guidance_high or math.inf)
+    denoise = guidance.interval(denoise, rescaled, config.guidance_low, config.guidance_high or math.inf, cond)
   elif config.guidance != 1:
     denoise = rescaled(denoise)
   if config.threshold:
     denoise = guidance.threshold(denoise, config.threshold)
   return guidance.clip(denoise) if config.clip else denoise
+
+
+def _cache_depth(model: Model, sampler: samplers.Sampler, config: Config) -> int:
+  """How many skip connections a call computes anew that is not whole; 0: all calls are. UserError if none can be."""
+  if config.cache_every == 1:
+    return 0
+  skips = getattr(model.net, 'num_skips', 0)
+  if not skips:
+    raise UserError(f'cache_every {config.cache_every} needs a U-Net, whose skip connections pass by what is cached, '
+                    f'and config.net is a {type(model.net).__name__}: use cache_every 1')
+  with explain(f'cache_every {config.cache_every}'):
+    caching.check(sampler)
+  depth = config.cache_depth or model.net.blocks + 1
+  with explain('cache_depth'):
+    check_depth(depth, skips)
+  return depth
 
 
 def _limited(config: Config) -> bool:

@@ -14,7 +14,7 @@ import optax
 from diffusion_jax.convert import tokenizer
 from diffusion_jax.core import diffusion, givens, levels, losses, schedules, targets
 from diffusion_jax.core.diffusion import Diffusion
-from diffusion_jax.core.types import Array, Denoise
+from diffusion_jax.core.types import Array, Denoise, Net
 from diffusion_jax.nets import codecs, controlnet, encoders, lora
 from diffusion_jax.runtime import optim, sharding
 from diffusion_jax.runtime.checkpoint import abstract_with
@@ -116,16 +116,18 @@ class Model(NamedTuple):
       cond['label'] = about['label']
     return cond | {'drop': drop} if drop is not None and (self.text or self.num_classes) else cond
 
-  def apply(self, params: Mapping[str, Any], x: Array, noise: Array, cond: Mapping[str, Array], **how: Any) -> Array:
-    """The network's output, steered by the ControlNet if there is one; how: train and rngs."""
+  def apply(self, params: Mapping[str, Any], x: Array, noise: Array, cond: Mapping[str, Array],
+            cut: Mapping[str, Any] | None = None, **how: Any) -> Array:
+    """The network's output, steered by the ControlNet if there is one; how: train and rngs; cut: depth and deep."""
     if self.control:
       cond = {**cond, 'control': self.control.apply({'params': params['control']}, x, noise, cond, **how)}
-    return self.net.apply({'params': params['net']}, x, noise, cond, **how)
+    return self.net.apply({'params': params['net']}, x, noise, cond, **how, **(cut or {}))
 
-  def denoiser(self, params: Mapping[str, Any], cond: Mapping[str, Array]) -> Denoise:
-    """The denoiser of `params`, without dropout."""
-    net = lambda x, noise: self.apply(params, x, noise, cond)
-    return diffusion.denoiser(net, self.diffusion, params['process'])
+  def denoiser(self, params: Mapping[str, Any], cond: Mapping[str, Array],
+               change: Callable[[Callable], Net] | None = None) -> Denoise:
+    """The denoiser of `params`, without dropout. change: what is made of its net(x, noise, **cut)."""
+    net = lambda x, noise, **cut: self.apply(params, x, noise, cond, cut)
+    return diffusion.denoiser(change(net) if change else net, self.diffusion, params['process'])
 
 
 def make(config: Config, shape: tuple[int, ...], num_classes: int, captions: Sequence[str] = (),

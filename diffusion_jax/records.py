@@ -18,8 +18,8 @@ from diffusion_jax.svg import number, setting
 
 # What samples were made by, and how many: records that agree in all of these share a row, whatever they were scored by.
 SETTINGS = ('step', 'ema', 'params_hash', 'sampler', 'estimator', 'grid', 'steps', 'nfe', 'guidance', 'guidance_low',
-            'guidance_high', 'guidance_rescale', 'threshold', 'clip', 'precision', 'seed', 'seeds', 'num_samples',
-            'split')
+            'guidance_high', 'guidance_rescale', 'threshold', 'clip', 'precision', 'cache_every', 'cache_depth', 'seed',
+            'seeds', 'num_samples', 'split')
 # What must agree for two values to be comparable.
 QUALITY = ('features', 'features_hash', 'reference_hash', 'reference_samples', 'num_samples', 'quantisation',
            'given_hash')

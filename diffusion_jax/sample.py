@@ -19,6 +19,7 @@ from diffusion_jax.runtime.config import Config, UserError, parse_call
 from diffusion_jax.trained import Trained, reduced, restore
 
 GUIDANCE = ('guidance', 'guidance_low', 'guidance_high', 'guidance_rescale', 'threshold')  # settings with a flag
+CACHE = ('cache_every', 'cache_depth')
 
 
 def add_flags(p: command.Parser) -> None:
@@ -34,6 +35,8 @@ def add_flags(p: command.Parser) -> None:
   p.add_argument('--guidance_high', type=float, help='and at most this; 0: no limit')
   p.add_argument('--guidance_rescale', type=float, help='share of the spread that guidance gives back; 0: none')
   p.add_argument('--threshold', type=float, help='percentile, such as 0.995, of dynamic thresholding; 0: none')
+  p.add_argument('--cache_every', type=int, help='1 of N network calls is whole, others take its deep features')
+  p.add_argument('--cache_depth', type=int, help='skip connections that they compute; 0: of the outermost level')
   p.add_argument('--ema', default='', help="which average of the parameters (default: the config's first), 'raw' for "
                                            "none, or the file of one that posthoc_ema made")
   p.add_argument('--lora', action='append', metavar='FILE[=SCALE]', help='a LoRA file of diffusers, or several, merged')
@@ -55,7 +58,8 @@ def open_run(flags: Any, apart: bool = False, wanted: int = 64) -> tuple[Trained
     raise UserError(f'--seed must be at least 0, got {flags.seed}')
   chosen = {name: parse_call(getattr(flags, name), module)
             for name, module in (('sampler', samplers), ('grid', levels)) if getattr(flags, name)}
-  chosen |= {k: v for k in ('steps', *GUIDANCE, 'batch_size', 'precision') if (v := getattr(flags, k)) is not None}
+  plain = ('steps', *GUIDANCE, *CACHE, 'batch_size', 'precision')
+  chosen |= {k: v for k in plain if (v := getattr(flags, k)) is not None}
 
   def choose_devices(config):
     for key, value in chosen.items():
@@ -156,7 +160,8 @@ def main(argv: Sequence[str] | None = None) -> int:
       log.write(out / f'{i:06d}.png', png(image))
   if traced:
     write_trajectory(out if not out.suffix else out.parent, *traced)
-  print(f'{len(ids)} samples, {generator.nfe} network calls each, {len(ids) / seconds:.1f} samples/s '
+  whole = f', {generator.whole} of them whole' if generator.depth else ''
+  print(f'{len(ids)} samples, {generator.nfe} network calls each{whole}, {len(ids) / seconds:.1f} samples/s '
         f'(compilation {generator.compile_seconds:.1f} s apart) -> {out}')
   return 0
 

@@ -74,6 +74,8 @@ def default_config() -> Config:
           'threshold': 0.0,       # percentile, such as 0.995, of dynamic thresholding before that; 0: none
           'batch_size': 64,       # samples compiled together; 0: as many as fit in memory and are of use
           'precision': '',        # of the net in `sample` and `evaluate`: bfloat16 or int8; '': as trained
+          'cache_every': 1,       # 1 of so many network calls is whole, and the others take its deep features
+          'cache_depth': 0,       # skip connections that the others compute anew; 0: those of the outermost level
       },
       'eval': {
           'num_samples': 50_000,
@@ -129,9 +131,9 @@ def check(config: Config) -> None:
 AT_LEAST = {
     1: ['data.channels', 'train.images', 'train.batch_size', 'train.accumulate', 'train.steps_per_call',
         'train.log_every', 'train.sample_every', 'train.checkpoint_every', 'train.snapshot_every', 'train.keep',
-        'sample.steps', 'eval.num_samples'],
+        'sample.steps', 'sample.cache_every', 'eval.num_samples'],
     0: ['seed', 'lora.rank', 'data.size', 'data.max_bad', 'data.resident_gib', 'data.workers', 'sample.guidance_low',
-        'sample.guidance_high', 'sample.threshold', 'sample.batch_size'],
+        'sample.guidance_high', 'sample.threshold', 'sample.batch_size', 'sample.cache_depth'],
 }
 CHOICES = {'train.remat': ('none', 'products'), 'train.reduce': ('float32', 'bfloat16'),
            'train.moments': ('float32', 'bfloat16'), 'sample.precision': ('', 'bfloat16', 'int8')}

@@ -72,11 +72,13 @@ def apg(denoise: Denoise, ref: Denoise, scale: float, eta: float = 0.0, radius: 
   return then(denoise, change)
 
 
-def interval(denoise: Denoise, guide: Guide, low: float = 0.0, high: float = math.inf) -> Denoise:
+def interval(denoise: Denoise, guide: Guide, low: float = 0.0, high: float = math.inf,
+             cond: Callable = jax.lax.cond) -> Denoise:
   """`guide` only where low < sigma / alpha <= high (Kynkäänniemi et al. 2024; their sigma is EDM's).
 
   Outside, the calls that `guide` adds are not made; `denoise` is called once in any case, as guide is given its result
-  and may ask for it at that x alone. For levels [B], the calls are made if any sample needs them.
+  and may ask for it at that x alone. For levels [B], the calls are made if any sample needs them. cond: for networks
+  that remember, one through which their memory passes (`caching.Cache.cond`).
   """
   require(0 <= low < high, f'the interval of guidance must have 0 <= low < high, got {low} and {high}')
 
@@ -84,7 +86,7 @@ def interval(denoise: Denoise, guide: Guide, low: float = 0.0, high: float = mat
     ratio = jnp.exp(-0.5 * level.logsnr)
     inside = (low < ratio) & (ratio <= high)
     guided = guide(lambda x, level: x0)
-    found = jax.lax.cond(jnp.any(inside), lambda: guided(x, level).astype(x0.dtype), lambda: x0)
+    found = cond(jnp.any(inside), lambda: guided(x, level).astype(x0.dtype), lambda: x0)
     return jnp.where(expand(inside, x0), found, x0)
 
   return then(denoise, change)

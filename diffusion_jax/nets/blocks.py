@@ -153,17 +153,27 @@ def with_image(x: Array, cond: Mapping[str, Array], channels: int) -> Array:
   return jnp.concatenate([x, image.astype(x.dtype)], axis=-1)
 
 
-def add_control(skips: Sequence[Array], middle: Array, cond: Mapping[str, Array]) -> tuple[list[Array], Array]:
+def add_control(skips: Sequence[Array], middle: Array, cond: Mapping[str, Array],
+                outer: bool = False) -> tuple[list[Array], Array]:
   """Adds cond['control'], if it is there: residuals of every skip, in the encoder's order, and of the middle.
 
-  This is where a ControlNet enters (Zhang et al. 2023, section 3.2); each example has residuals of its own.
+  This is where a ControlNet enters (Zhang et al. 2023, section 3.2); each example has residuals of its own. outer:
+  `skips` are only the outermost, and `middle` is what lies behind them: it stays as it is.
   """
   control = cond.get('control')
   if control is None:
     return list(skips), middle
+  if outer:
+    return [a + c.astype(a.dtype) for a, c in zip(skips, control, strict=False)], middle
   places = [*skips, middle]
   if [c.shape for c in control] != [a.shape for a in places]:
     raise ValueError(f"cond['control'] must be residuals of the shapes {[a.shape for a in places]}, "
                      f'got {[c.shape for c in control]}')
   *skips, middle = (a + c.astype(a.dtype) for a, c in zip(places, control, strict=True))
   return skips, middle
+
+
+def check_depth(depth: int, num_skips: int) -> None:
+  """ValueError unless a network of so many skip connections can be cut behind its outermost `depth`; 0: not cut."""
+  if not 0 <= depth <= num_skips:
+    raise ValueError(f'the depth must lie in 1 to {num_skips}, the skip connections of this network, got {depth}')

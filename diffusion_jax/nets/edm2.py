@@ -6,6 +6,7 @@ length where it is used. So nothing grows in training, and the learning rate alo
 The uncertainty of the loss, which the paper trains beside the network, is `core.losses.learned_uncertainty`.
 """
 import functools
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -136,7 +137,7 @@ class UNet(nn.Module):
   size of the one before; blocks: per level; attention: the sizes (of the longest axis) whose blocks end in attention;
   head_channels: width of a head; dropout in [0, 1); num_classes: 0, or the number of labels in cond['label'] [B], of
   which those with cond['drop'] [B] true count as none; dtype: of the main path, 'float32' or 'bfloat16'; image and
-  remat as in `unet.UNet`, and so cond['control'].
+  remat as in `unet.UNet`, and so are cond['control'] and a call with depth.
   """
   channels: int = 192
   multipliers: Sequence[int] = (1, 2, 3, 4)
@@ -169,10 +170,12 @@ class UNet(nn.Module):
     super().__post_init__()
 
   @nn.compact
-  def __call__(self, x: Array, noise: Array, cond: Mapping[str, Array], train: bool = False) -> Array:
+  def __call__(self, x: Array, noise: Array, cond: Mapping[str, Array], train: bool = False, depth: int = 0,
+               deep: Array | None = None):
     factor = 2 ** (len(self.multipliers) - 1)
     if any(n % factor for n in x.shape[1:-1]):
       raise ValueError(f'{len(self.multipliers)} levels need sizes divisible by {factor}, got {x.shape[1:-1]}')
+    blocks.check_depth(depth, self.num_skips)
     widths = [self.channels * m for m in self.multipliers]
     emb = MPConv(max(widths), name='embed_noise')(mp_fourier(noise, widths[0]))
     if self.num_classes:
@@ -188,27 +191,41 @@ class UNet(nn.Module):
       return make(width, encoder, width // self.head_channels * attends, resample, self.dropout, dtype=self.dtype,
                   name=name)(h, emb, train)
 
+    def encode(h):
+      """Every skip, the outermost first, each made when it is asked for."""
+      yield h
+      for level, width in enumerate(widths):
+        if level:
+          h = block(h, h.shape[-1], f'down_{level - 1}_downsample', True, resample='down')
+          yield h
+        for i in range(self.blocks):
+          h = block(h, width, f'down_{level}_block_{i}', True, max(h.shape[1:-1]) in self.attention)
+          yield h
+
     # A channel of ones stands in for the biases that there are none of.
     h = jnp.concatenate([blocks.with_image(x, cond, self.image), jnp.ones_like(x[..., :1])], axis=-1)
     h = MPConv(widths[0], 3, self.dtype, name='conv_in')(h)
-    skips = [h]
-    for level, width in enumerate(widths):
-      if level:
-        h = block(h, h.shape[-1], f'down_{level - 1}_downsample', True, resample='down')
-        skips.append(h)
-      for i in range(self.blocks):
-        h = block(h, width, f'down_{level}_block_{i}', True, max(h.shape[1:-1]) in self.attention)
-        skips.append(h)
+    skips = list(itertools.islice(encode(h), None if deep is None else depth))
+    h = deep
+    if deep is None:
+      h = block(skips[-1], widths[-1], 'middle_block_0', False, True)
+      h = block(h, widths[-1], 'middle_block_1', False)
+    skips, h = blocks.add_control(skips, h, cond, outer=deep is not None)
 
-    h = block(h, widths[-1], 'middle_block_0', False, True)
-    h = block(h, widths[-1], 'middle_block_1', False)
-    skips, h = blocks.add_control(skips, h, cond)
-
-    for level, width in reversed(list(enumerate(widths))):
-      for i in range(self.blocks + 1):
-        h = block(mp_cat(h, skips.pop()), width, f'up_{level}_block_{i}', False, max(h.shape[1:-1]) in self.attention)
-      if level:
-        h = block(h, width, f'up_{level}_upsample', False, resample='up')
+    joins = [(level, i) for level in reversed(range(len(widths))) for i in range(self.blocks + 1)]
+    for level, i in joins[-len(skips):]:
+      if len(skips) == depth:
+        deep = h
+      h = block(mp_cat(h, skips.pop()), widths[level], f'up_{level}_block_{i}', False,
+                max(h.shape[1:-1]) in self.attention)
+      if level and i == self.blocks:
+        h = block(h, widths[level], f'up_{level}_upsample', False, resample='up')
 
     gain = self.param('out_gain', nn.initializers.zeros, ())
-    return (MPConv(x.shape[-1], 3, self.dtype, name='conv_out')(h) * gain).astype(x.dtype)
+    F = (MPConv(x.shape[-1], 3, self.dtype, name='conv_out')(h) * gain).astype(x.dtype)
+    return (F, deep) if depth else F
+
+  @property
+  def num_skips(self) -> int:
+    """As of `unet.UNet`."""
+    return len(self.multipliers) * (self.blocks + 1)

@@ -3,6 +3,7 @@
 All are `net(x, noise, cond, train) -> F` with the same levels of residual blocks; the families differ in their blocks,
 in how they change the size, and in the embedding of the noise.
 """
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -33,6 +34,9 @@ class UNet(nn.Module):
 
   A call with hint [B, *S, channels] is one of the encoder and the middle alone: the hint is added to what the first
   convolution gives, and the skips, in their order, and the middle are returned. No other layers are made.
+
+  A call with depth in 1 .. num_skips returns (F, deep): deep is what the decoder has before it joins the outermost
+  `depth` skips, and all that the inner part of the network gives. With `deep` given, only the outer part is computed.
   """
   channels: int = 128
   multipliers: Sequence[int] = (1, 2, 2, 2)
@@ -67,10 +71,11 @@ class UNet(nn.Module):
 
   @nn.compact
   def __call__(self, x: Array, noise: Array, cond: Mapping[str, Array], train: bool = False,
-               hint: Array | None = None) -> Array | list[Array]:
+               hint: Array | None = None, depth: int = 0, deep: Array | None = None):
     factor = 2 ** (len(self.multipliers) - 1)
     if any(n % factor for n in x.shape[1:-1]):
       raise ValueError(f'{len(self.multipliers)} levels need sizes divisible by {factor}, got {x.shape[1:-1]}')
+    blocks.check_depth(depth, self.num_skips)
     emb = nn.swish(self.embed(noise, cond))
     make_block = nn.remat(ResBlock, static_argnums=3) if self.remat == 'blocks' else ResBlock  # argument 3 is `train`
 
@@ -78,37 +83,51 @@ class UNet(nn.Module):
       options = {**self.block_options(), **changes}
       return make_block(width, self.dropout, self.groups, self.dtype, **options, name=name)(h, emb, train)
 
+    def encode(h, inputs):
+      """Every skip, the outermost first, each made when it is asked for."""
+      yield h
+      for level, multiplier in enumerate(self.multipliers):
+        for i in range(self.blocks):
+          h = block(h, multiplier * self.channels, f'down_{level}_block_{i}')
+          if self.attends(h, level):
+            h = self.attend(h, cond, level, f'down_{level}_attention_{i}')
+          yield h
+        if level < len(self.multipliers) - 1:
+          h, inputs = self.halve(h, inputs, block, level)
+          yield h
+
     inputs = self.shown(x, cond)
     h = Conv(self.channels, dtype=self.dtype, name='conv_in')(inputs)
     h = h if hint is None else h + hint.astype(h.dtype)
-    skips = [h]
-    for level, multiplier in enumerate(self.multipliers):
-      for i in range(self.blocks):
-        h = block(h, multiplier * self.channels, f'down_{level}_block_{i}')
-        if self.attends(h, level):
-          h = self.attend(h, cond, level, f'down_{level}_attention_{i}')
-        skips.append(h)
-      if level < len(self.multipliers) - 1:
-        h, inputs = self.halve(h, inputs, block, level)
-        skips.append(h)
-
-    h = block(h, h.shape[-1], 'middle_block_0')
-    h = self.attend(h, cond, level, 'middle_attention')
-    h = block(h, h.shape[-1], 'middle_block_1')
+    skips = list(itertools.islice(encode(h, inputs), None if deep is None else depth))
+    h = deep
+    if deep is None:
+      h = block(skips[-1], skips[-1].shape[-1], 'middle_block_0')
+      h = self.attend(h, cond, len(self.multipliers) - 1, 'middle_attention')
+      h = block(h, h.shape[-1], 'middle_block_1')
     if hint is not None:
       return [*skips, h]
-    skips, h = blocks.add_control(skips, h, cond)
+    skips, h = blocks.add_control(skips, h, cond, outer=deep is not None)
 
-    for level, multiplier in reversed(list(enumerate(self.multipliers))):
-      for i in range(self.blocks + 1):
-        h = block(jnp.concatenate([h, skips.pop()], axis=-1), multiplier * self.channels, f'up_{level}_block_{i}')
-        if self.attends(h, level, i):
-          h = self.attend(h, cond, level, f'up_{level}_attention_{i}')
-      if level:
+    joins = [(level, i) for level in reversed(range(len(self.multipliers))) for i in range(self.blocks + 1)]
+    for level, i in joins[-len(skips):]:
+      if len(skips) == depth:
+        deep = h
+      h = block(jnp.concatenate([h, skips.pop()], axis=-1), self.multipliers[level] * self.channels,
+                f'up_{level}_block_{i}')
+      if self.attends(h, level, i):
+        h = self.attend(h, cond, level, f'up_{level}_attention_{i}')
+      if level and i == self.blocks:
         h = self.double(h, block, level)
 
     h = nn.swish(GroupNorm(self.groups, self.block_options().get('epsilon', 1e-6), name='norm_out')(h))
-    return Conv(x.shape[-1] * (1 + self.variance), init_scale=0.0, dtype=self.dtype, name='conv_out')(h).astype(x.dtype)
+    F = Conv(x.shape[-1] * (1 + self.variance), init_scale=0.0, dtype=self.dtype, name='conv_out')(h).astype(x.dtype)
+    return (F, deep) if depth else F
+
+  @property
+  def num_skips(self) -> int:
+    """How many skip connections join the encoder to the decoder."""
+    return len(self.multipliers) * (self.blocks + 1)
 
   # What the families do each in their own way.
 

@@ -29,7 +29,7 @@ ALLOWED = ['diffusion_jax.core', 'diffusion_jax.nets', 'optax']
 # added to a function of a spec has a default that keeps what the function did.
 ADDED = {'mesh.tensor': 1, 'mesh.context': 1, 'sharding': '', 'train.reduce': 'float32', 'train.remat': 'none',
          'train.moments': 'float32', 'train.ema_on_host': False, 'data.augment': 0.0, 'start': '', 'control': False,
-         'learning_rate.steady_images': 0, 'sample.precision': '',
+         'learning_rate.steady_images': 0, 'sample.precision': '', 'sample.cache_every': 1, 'sample.cache_depth': 0,
          'lora': {'rank': 0, 'pattern': '', 'scale': 1.0}, 'codec': {'fn': 'diffusion_jax.nets.codecs:pixels'},
          'text': {'fn': 'diffusion_jax.nets.encoders:none'}, 'given': {'fn': 'diffusion_jax.core.givens:none'}}
 Config = ml_collections.ConfigDict
