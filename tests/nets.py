@@ -56,3 +56,20 @@ class Small(nn.Module):
     h = nn.swish(nn.Conv(8, (3, 3), name='conv_in')(h) + emb[:, None, None])
     h = nn.Dropout(self.dropout, deterministic=not train)(h)
     return nn.Conv(self.outputs * x.shape[-1], (3, 3), name='conv_out', kernel_init=nn.initializers.zeros)(h)
+
+
+class Cut(nn.Module):
+  """A net of two convolutions, of which the first gives the deep feature; `num_skips` and `blocks` as a U-Net has."""
+  num_classes: int = 10
+  blocks: int = 1
+  num_skips: int = 4
+
+  @nn.compact
+  def __call__(self, x, noise, cond, train=False, depth=0, deep=None):
+    label = jnp.where(cond['drop'], self.num_classes, cond['label']) if 'drop' in cond else cond['label']
+    outer = nn.Conv(x.shape[-1], (3, 3), name='outer')
+    if deep is None:
+      emb = nn.Embed(self.num_classes + 1, 4, name='label')(label)
+      deep = nn.tanh(nn.Conv(4, (3, 3), name='deep')(x) + emb[:, None, None] + noise[:, None, None, None] / 1000)
+    F = outer(jnp.concatenate([x, deep], -1))
+    return (F, deep) if depth else F
