@@ -134,9 +134,9 @@ EXAMPLES = 1024  # of the synthetic data set that both sides keep in memory
 LATENT_FACTOR = 8  # of the autoencoder
 # What is drawn from text, and by what: options of our modules.
 PROMPT, NEGATIVE, GUIDANCE = 'A red bird on a branch.', 'blurred', 5.0
-PIPELINE = {'size': 64, 'vae': {'channels': (32, 64, 128), 'blocks': 1},
-            'unet': {'channels': 64, 'multipliers': (1, 2, 4), 'blocks': 1, 'depth': (1, 1, 0), 'heads': 4},
-            'text': {'width': 128, 'depth': 4, 'heads': 4, 'mlp': 512}}
+PIPELINE = {'size': 64, 'vae': {'channels': (32, 32, 64), 'blocks': 1},
+            'unet': {'channels': 64, 'multipliers': (1, 2), 'blocks': 1, 'depth': (1, 1), 'heads': 4},
+            'text': {'width': 128, 'depth': 2, 'heads': 4, 'mlp': 512}}
 PICTURES, READ = 4096, 128  # files that are read, and those of a batch
 READ_AGAINST = 2  # processes of PyTorch's loader: as many as ours has, or where ours has threads
 
