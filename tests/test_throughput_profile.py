@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from diffusion_jax.nets.unet import UNet
+from diffusion_jax.runtime.config import UserError
 from experiments.throughput import equal, hlo, profile
 from experiments.throughput.profile import Event
 
@@ -80,3 +81,11 @@ def test_a_program_that_runs_is_found_with_its_modules(tmp_path):
   assert not [row for row in found if row.kind == 'unknown']
   one = next(row for row in found if row.path[-1:] == ('conv_in',) and row.kind == 'convolution')
   assert one.runs % 2 == 0 and one.flops == 2 * np.prod(x.shape) * 3 * 3 * 8
+
+
+def test_what_is_no_program_is_refused():
+  for flags, message in [(['--cases=small_trian'], "'small_trian'; did you mean 'small_train'"),
+                         (['--cases=read_32'], 'read_32 is not the time of one program'),
+                         (['--cases=small_train', '--top=0'], '--top must be at least 1, got 0')]:
+    with pytest.raises(UserError, match=message):
+      profile.main(flags)

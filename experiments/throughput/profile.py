@@ -21,7 +21,7 @@ from experiments.throughput.cases import CASES, choose
 from experiments.throughput.processes import PLATFORMS
 from experiments.throughput.worker import Job, warm_up
 
-WITHOUT_PROGRAM = ('overhead', 'checkpoint', 'input', 'dispatch', 'limits')  # what they measure is not a program
+WITHOUT_PROGRAM = ('overhead', 'checkpoint', 'read', 'dispatch', 'limits')  # what they measure is not a program
 SHORTEST_SHARE = 0.002  # of all time, below which a row of the tables by kind and module is left out
 
 
