@@ -57,15 +57,15 @@ def placed(tree: Any, where: jax.sharding.Sharding) -> Any:
   return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=where), tree)
 
 
-def step_arguments(model: Model, mesh: Mesh, examples: int = 0) -> tuple:
-  """(root, state, metrics, data, batch) of the train step, as shapes; examples: see `step_on`."""
+def step_arguments(model: Model, mesh: Mesh, examples: int = 0, state: Any = None) -> tuple:
+  """(root, state, metrics, data, batch) of the train step, as shapes, of the state as well; examples: see `step_on`."""
   train, shape = model.config.train, model.image_shape
-  state, everywhere = model_lib.abstract_state(model, mesh), sharding.replicated(mesh)
+  state, everywhere = state or model_lib.abstract_state(model, mesh), sharding.replicated(mesh)
   root, metrics = placed(jax.eval_shape(lambda: (step_lib.root_key(model.config), Metrics.empty())), everywhere)
   array = jax.ShapeDtypeStruct
   tokens = (model.text.length,) if model.text else ()
   data = placed((array((examples, *shape), jnp.uint8), array((examples, *tokens), jnp.int32)), everywhere)
-  resident = 0 < sum(a.size * a.dtype.itemsize for a in data) <= model.config.data.resident_gib * 2 ** 30
+  resident = 0 < data[0].size <= model.config.data.resident_gib * 2 ** 30  # as batches.Batches has it
   batch = (train.steps_per_call, train.batch_size)
   labels = array((*batch, *tokens), jnp.int32, sharding=sharding.batch(mesh, 1))
   indices = array(batch, jnp.int32, sharding=sharding.batch(mesh, 1))

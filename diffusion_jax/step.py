@@ -217,10 +217,8 @@ def jit_step(model: Model, optimizer: optax.GradientTransformation, state: Train
   return jax.jit(call, donate_argnums=(1, 2), out_shardings=(*where, where[0].step))
 
 
-def compile_step(model: Model, optimizer: Any, *arguments: Any) -> tuple[Steps | None, float]:
-  """The train step compiled for (state, metrics, data, batch), and the seconds that took; None without a batch."""
-  if arguments[-1] is None:
-    return None, 0.0
+def compile_step(model: Model, optimizer: Any, *arguments: Any) -> tuple[Steps, float]:
+  """The train step compiled for (state, metrics, data, batch), arrays or their shapes, and the seconds that took."""
   jitted, start = jit_step(model, optimizer, *arguments[:2]), time.perf_counter()
   root = distributed.everywhere(root_key(model.config), arguments[0].step.sharding)
   return Steps(jitted.lower(root, *arguments).compile(), root), time.perf_counter() - start

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from diffusion_jax import model as model_lib
 from diffusion_jax import start
-from diffusion_jax.ahead import dry_run
+from diffusion_jax.ahead import dry_run, step_arguments
 from diffusion_jax.batches import Batches, open_source
 from diffusion_jax.data import sources
 from diffusion_jax.folder import NoRecords, claim, describe, write_about, write_card
@@ -139,23 +139,27 @@ def fit(model: Model, optimizer: optax.GradientTransformation, abstract: TrainSt
         print(f'{workdir} is trained already: {json.loads(done_path.read_text())["images"]:,} images')
       return 0
   else:
-    state, meta = initialise(model, optimizer, abstract), {'step': 0, 'seconds': 0.0}
-    if parts := parts or start.load(model, abstract):
-      state = start.place(state, parts)
-  if writer:
-    done_path.unlink(missing_ok=True)
-    write_about(workdir, model, source, num_parameters(abstract.params))
-  records = held.enter_context(contextlib.closing(log.Run(workdir) if writer else NoRecords()))
-
-  batches = Batches(config, source, mesh, *([model.labels] if model.text else []))
-  metrics = distributed.everywhere(Metrics.empty(), sharding.replicated(mesh))
-  calls = batches(meta['step'], schedule.total)
-  first = next(calls, None)
-  with futures.ThreadPoolExecutor(1) as pool:  # images are counted while the step is compiled
-    counted = writer and pool.submit(write_card, workdir, config, source, [np.asarray(a) for a in batches.data or ()])
+    state, meta = None, {'step': 0, 'seconds': 0.0}
+  with futures.ThreadPoolExecutor(1) as pool:  # the step is compiled while its arguments are made and data is read
+    shapes = step_arguments(model, mesh, len(source), abstract)[1:]
+    compiling = pool.submit(compile_step, model, optimizer, *shapes) if meta['step'] < schedule.total else None
+    if not restored:
+      state = initialise(model, optimizer, abstract)
+      if parts := parts or start.load(model, abstract):
+        state = start.place(state, parts)
+    if writer:
+      done_path.unlink(missing_ok=True)
+      write_about(workdir, model, source, num_parameters(abstract.params))
+    records = held.enter_context(contextlib.closing(log.Run(workdir) if writer else NoRecords()))
+    batches = Batches(config, source, mesh, *([model.labels] if model.text else []))
+    metrics = distributed.everywhere(Metrics.empty(), sharding.replicated(mesh))
+    calls = batches(meta['step'], schedule.total)
+    first = next(calls, None)
+    if writer:
+      write_card(workdir, config, source, [np.asarray(a) for a in batches.data or ()])
+    take, compile_seconds = compiling.result() if compiling else (None, 0.0)
+  if take and batches.data and batches.data[0].shape != shapes[2][0].shape:  # bad images are left out
     take, compile_seconds = compile_step(model, optimizer, state, metrics, batches.data, first)
-    if counted:
-      counted.result()
   distributed.wait()  # here, and not in a collective, which has less patience
   if writer and take:
     print(memory.format_table(memory.memory_table(take.compiled, abstract, (batches.data, first))))

@@ -29,7 +29,7 @@ class Case:
 
   A side is 'jax', or 'torch' and how it runs: 'torch' is eager and channels_last, 'torch-plain' in the default layout,
   'torch-compile' is channels_last through torch.compile. Of several baselines the quickest counts. A case with one
-  side has no counterpart. The two sides of the overhead are measured by one process; all others have one each.
+  side has no counterpart. The sides of 'overhead' and 'dispatch' are measured by one process; all others have one each.
   changes: options of the network that differ from those of NETS, `size` too.
   """
   net: str
@@ -95,6 +95,7 @@ CPU = {
     'checkpoint': Case('cifar10', 'checkpoint', 8, 'what a checkpoint of 35.7M parameters, Adam and an average holds '
                        'up the loop'),
     'overhead': Case('', 'overhead', 64, 'data and records of a digits run', ('bare', 'loop')),
+    'dispatch': Case('', 'dispatch', 64, 'an iteration of the train loop around a step that does nothing', ('loop',)),
 }
 TORCH = ('torch', 'torch-plain', 'torch-compile', 'jax')
 

@@ -17,6 +17,7 @@ from experiments.throughput.jax_side import Trainer, config_of, prepared
 from experiments.throughput.worker import Job, Prepared
 
 LOG_STEPS = 50  # between two records of the digits config
+DISPATCHES = 200  # in an interval
 
 
 def digits_config(steps: int) -> Config:
@@ -66,6 +67,44 @@ def overhead(job: Job) -> Prepared:
     return times
 
   return prepared(trainer.state.params, run, trainer.compile_seconds, trainer.mesh)
+
+
+def dispatch(job: Job) -> Prepared:
+  """run(k): one train.train run of the digits config whose step does nothing, in k intervals of DISPATCHES calls.
+
+  What is left is what the loop adds to the start of a program: a batch is chosen and put on the devices, and the loop
+  asks itself what is due. Nothing is recorded between the calls.
+  """
+  trainer = Trainer(digits_config(1), compiled=False)
+
+  class Nothing:
+    compiled = None  # of which no memory is asked
+
+    def __init__(self, metrics):
+      self.seen = jax.tree.map(lambda a: np.ones(a.shape, a.dtype), metrics)
+
+    def __call__(self, state, metrics, data, batch):
+      return state, self.seen
+
+  def run(k):
+    marks = []
+
+    class Batches(train_lib.Batches):
+      def __call__(self, start, stop):
+        for i, batch in enumerate(super().__call__(start, stop)):
+          if i % DISPATCHES == 0:
+            marks.append([time.perf_counter(), time.process_time()])
+          yield batch
+
+    with (tempfile.TemporaryDirectory() as folder, mock.patch.object(train_lib, 'Batches', Batches),
+          mock.patch.object(train_lib, 'compile_step', lambda model, optimizer, *shapes: (Nothing(shapes[1]), 0.0)),
+          mock.patch.object(train_lib.memory, 'memory_table', lambda *_: [('total', 0)])):
+      config = digits_config(DISPATCHES * (1 + k) + 1)
+      config.train.log_every = config.train.images
+      train_lib.train(config, pathlib.Path(folder))
+    return {'loop': (np.diff(marks, axis=0)[1:] / DISPATCHES).tolist()}  # the first waits for the compiler
+
+  return prepared(trainer.state.params, run, 0.0, trainer.mesh)
 
 
 def save(job: Job) -> Prepared:

@@ -23,6 +23,7 @@ ROUNDS, ROUND_SECONDS, SIDE_SECONDS, FEWEST_ROUNDS, OVERHEAD_ROUNDS = 12, 1.0, 3
 QUICK_ROUNDS, QUICK_SECONDS = 3, 0.3
 REFILL_SECONDS = 0.5  # what takes longer fills its caches anyway
 LIMIT_ROUNDS = 3
+OWN_LOOP = ('overhead', 'dispatch')  # work of one process that measures all sides of its case
 
 
 def is_baseline(side: str) -> bool:
@@ -79,7 +80,7 @@ def measure(name: str, case: Case, platform: str, limit: dict[str, Any] | None, 
   settings = {'quick': quick, 'load': os.getloadavg()[0]}
   with contextlib.ExitStack() as stack:
     folder = stack.enter_context(tempfile.TemporaryDirectory())
-    if case.work == 'overhead':
+    if case.work in OWN_LOOP:
       worker = Worker('jax', name, case, platform, folder)
       stack.callback(worker.close)
       ready = dict.fromkeys(case.sides, worker.ask('warm_up'))
@@ -179,7 +180,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
   absent, records, limit = missing(), [], None
   signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the workers are ended too
-  if flags.suite != 'cpu' or any(case.work not in ('overhead', 'checkpoint', 'read') for case in chosen.values()):
+  if flags.suite != 'cpu' or any(case.work not in (*OWN_LOOP, 'checkpoint', 'read') for case in chosen.values()):
     limit = limits(flags.suite, ['jax'] + ['torch'] * (not absent and flags.suite != 'tpu'),
                    1 if flags.quick else LIMIT_ROUNDS)
     print(table.limits_line(limit) + '\n', flush=True)
