@@ -10,8 +10,6 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from diffusion_jax.runtime.backend import prepare as use_cpu_cores  # noqa: F401  its users look for it here
-
 AXES = ('data', 'fsdp', 'tensor', 'context')
 # The batch is spread over both axes. By (data, fsdp), XLA's partitioner (jaxlib 0.10 and 0.12) gets x @ w wrong if x's
 # features and w's are split over tensor and w's others over fsdp: it turns x to (fsdp, data) and nothing back.

@@ -14,7 +14,7 @@ from diffusion_jax import efficiency, encode
 from diffusion_jax.generator import Generator, labels_of
 from diffusion_jax.metrics import features, scores
 from diffusion_jax.model import open_data
-from diffusion_jax.runtime import command, log, sharding
+from diffusion_jax.runtime import backend, command, log
 from diffusion_jax.runtime.config import Config, UserError
 from diffusion_jax.sample import describe, parse_numbers
 from diffusion_jax.trained import Trained, restore
@@ -130,7 +130,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   if flags.num < 2 or flags.rounds < 2:
     raise UserError(f'--num and --rounds must be at least 2, got {flags.num} and {flags.rounds}')
   trained = restore(pathlib.Path(flags.workdir), '', None,
-                    lambda config: sharding.use_cpu_cores(config.sample.batch_size))
+                    lambda config: backend.prepare(config.sample.batch_size))
   rows = rows_of(trained, *(parse_numbers(f'--{name}', getattr(flags, name)) for name in ('every', 'depths')))
   records = measure(trained, rows, flags.num, flags.rounds)
   log.append(pathlib.Path(flags.out or RESULTS / cases.file_name(cases.device())), *records)

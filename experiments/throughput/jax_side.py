@@ -190,4 +190,5 @@ def _of(module, name):
 
 WORK = {'train': train, 'sample': sample, 'forward': forward, 'encode': forward, 'decode': forward,
         'features': features, 'limits': limits, 'overhead': _of('loop_side', 'overhead'),
-        'checkpoint': _of('loop_side', 'save'), 'draw': _of('pipeline_side', 'draw'), 'read': _of('input_side', 'read')}
+        'dispatch': _of('loop_side', 'dispatch'), 'checkpoint': _of('loop_side', 'save'),
+        'draw': _of('pipeline_side', 'draw'), 'read': _of('input_side', 'read')}
