@@ -1,6 +1,7 @@
 """Feature caching: the two parts of every U-Net, which calls of a sampler are whole, and images by it."""
 import functools
 import json
+import types
 
 import flax.linen as nn
 import jax
@@ -21,6 +22,7 @@ from diffusion_jax.nets.unet import ADM, DDPMpp, NCSNpp, UNet
 from diffusion_jax.runtime import command, log, sharding
 from diffusion_jax.runtime import config as config_lib
 from diffusion_jax.runtime.config import Config, UserError, build, parse_call, spec
+from experiments.throughput import caching as experiment
 
 # The two parts of a network
 
@@ -253,10 +255,9 @@ def test_a_trajectory_is_the_path_of_the_images(cut):
   assert path.shape[:2] == (5, 2)
 
 
-def test_flops_of_an_image_are_those_of_its_calls():
-  model = model_lib.make(tiny_config(unet=True, net__multipliers='(1,2)', net__groups=4), (8, 8, 1), 10)
-  params = jax.eval_shape(model.init, jax.random.key(0))
-  trained = type('Trained', (), {'model': model, 'params': params})
+def test_flops_of_an_image_are_those_of_its_calls(cut):
+  model, params = cut
+  trained = types.SimpleNamespace(model=model, params=params)
   count = lambda **settings: efficiency.image_flops(
       generator_of(model, **{'steps': 7, 'guidance': 1.0, **settings}), trained)
   whole = count() / 7
@@ -298,3 +299,25 @@ def test_the_commands_say_what_they_cached(cut, tmp_path, capsys):
   assert len(plain) == len(cached) > 1 and {(r['cache_every'], r['cache_depth']) for r in cached} == {(2, 0)}
   # As many calls, and yet no values that may stand in one row.
   assert len(records_lib.evaluations(records_lib.read_run(tmp_path, 'run'))) == 2
+
+
+# The experiment
+
+
+def test_fewer_steps_of_as_much_arithmetic_stand_beside():
+  config = cut_config()
+  config.sample.steps = 12
+  model = model_lib.make(config, (8, 8, 1), 10)
+  trained = types.SimpleNamespace(model=model, params=jax.eval_shape(model.init, jax.random.key(0)),
+                                  mesh=sharding.make_mesh(1, 1))
+  plain, *rows = experiment.rows_of(trained, (1, 2, 3), (0,))
+  assert [row.cache_every for row in rows] == [2, 1, 3, 1] and plain.cache_every == 1
+  for cached, fewer in (rows[:2], rows[2:]):
+    assert cached.steps == plain.steps > fewer.steps
+    assert abs(cached.flops - fewer.flops) <= plain.flops / plain.steps / 2  # half a call
+
+
+def test_psnr_of_images_that_differ_by_one():
+  images = np.full((3, 4, 4, 1), 7, np.uint8)
+  assert experiment.psnr(images + 1, images) == experiment.psnr(images, images + 1) == pytest.approx(48.1308, abs=1e-4)
+  assert experiment.psnr(images, images) == np.inf
