@@ -30,11 +30,13 @@ from experiments.throughput import cases, equal, run, stats
 
 PRECISIONS = CHOICES['sample.precision']
 RESULTS = run.RESULTS / 'precision'
-COLUMNS = {  # of the table: key of the record, and how its value is written
-    'precision': ('precision', lambda value: value or 'as trained'), 'parameters, MiB': ('bytes', '{:.1f}'),
-    'error of an output': ('error', '{:.1e}'), 'PSNR, dB': ('psnr', '{:.1f}'), 'distance': ('distance', '{:.2f}'),
-    'speed of a pass': ('speed', '{:.2f}x'), 'by CPU time (95 %)': ('cpu_speed', '{:.2f}x'),
-    '': ('interval', lambda value: f'{value[0]:.2f} to {value[1]:.2f}')}
+COLUMNS = {  # of the table
+    'what': lambda r: r['what'], 'precision': lambda r: r['precision'] or 'as trained',
+    'parameters, MiB': lambda r: f'{r["bytes"] / 2 ** 20:.1f}', 'error of an output': lambda r: f'{r["error"]:.1e}',
+    'distance': lambda r: f'{r["distance"]:.2f} [{r["ci"][0]:.1f}, {r["ci"][1]:.1f}]' if 'distance' in r else '-',
+    'PSNR, dB': lambda r: f'{r["psnr"]:.1f}' if r.get('psnr') else '-',
+    'speed by CPU time (95 %)': lambda r: f'{r["cpu_speed"]:.2f}x ({r["interval"][0]:.2f} to {r["interval"][1]:.2f})',
+    'jax': lambda r: r['versions']['jax']}
 
 
 def psnr(images: np.ndarray, exact: np.ndarray) -> float:
@@ -123,14 +125,9 @@ def forward(trained: Trained, size: int) -> Callable[[], jax.Array]:
 
 
 def table(records: Sequence[Mapping[str, Any]]) -> str:
-  """Records in Markdown; bytes in MiB."""
-  def cell(record, key, form):
-    value = record.get(key)
-    value = value / 2 ** 20 if key == 'bytes' else value
-    return '-' if value is None else form(value) if callable(form) else form.format(value)
-  lines = [f'| what | {" | ".join(COLUMNS)} |', f'|{"---|" * (1 + len(COLUMNS))}']
-  return '\n'.join(lines + [f'| {r["what"]} | {" | ".join(cell(r, *how) for how in COLUMNS.values())} |'
-                            for r in records])
+  """Records in Markdown."""
+  return '\n'.join([f'| {" | ".join(COLUMNS)} |', f'|{"---|" * len(COLUMNS)}'] + [
+      f'| {" | ".join(cell(record) for cell in COLUMNS.values())} |' for record in records])
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -155,7 +152,8 @@ def main(argv: Sequence[str] | None = None) -> int:
   device = cases.device() if jax.default_backend() == 'cpu' else log.device()
   common = {'time': log.now(), 'rounds': flags.rounds, **log.provenance(), 'device': device}
   path = pathlib.Path(flags.out) if flags.out else RESULTS / cases.file_name(device)
-  log.append(path, *({**common, **record} for record in records))
+  records = [{**common, **record} for record in records]
+  log.append(path, *records)
   print(table(records))
   print(f'-> {path}')
   return 0
