@@ -141,6 +141,10 @@ def test_edges_are_slopes_of_the_luma():
     np.testing.assert_allclose(edges(ramp)[inside], np.linalg.norm(slopes), atol=1e-6)
     at = np.broadcast_to(np.arange(9)[:, None], ramp.shape)
     np.testing.assert_allclose(edges(np.where(at < 4, -1, 1).astype(np.float32)), (at == 3) | (at == 4), atol=1e-6)
+  point = np.zeros((1, 5, 5, 1), np.float32)
+  point[0, 2, 2] = 1
+  sobel = np.array([[1, 2, 1], [0, 0, 0], [-1, -2, -1]]) / 8
+  np.testing.assert_allclose(edges(point)[0, 1:4, 1:4, 0], np.hypot(sobel, sobel.T), atol=1e-6)
   x = normal(2, 5, 5, 3)
   out = np.asarray(edges(x))
   np.testing.assert_allclose(edges(x[:, ::-1]), out[:, ::-1], atol=1e-6)
