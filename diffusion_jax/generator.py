@@ -18,6 +18,7 @@ from diffusion_jax import model as model_lib
 from diffusion_jax.core import adaptive, caching, guidance, samplers
 from diffusion_jax.core.types import Denoise, Denoiser, Level
 from diffusion_jax.model import Model
+from diffusion_jax.nets import layers
 from diffusion_jax.nets.blocks import check_depth
 from diffusion_jax.runtime import distributed, sharding, snapshots
 from diffusion_jax.runtime.config import Config, UserError, build, explain
@@ -86,7 +87,7 @@ class Generator:
       images, calls = found if counts else (found, ())
       return jax.tree.map(lambda x: decode(params, x), images), calls
 
-    self._generate = jax.jit(generate)
+    self._generate = jax.jit(layers.placed(sharding.over_batch(mesh))(generate))
 
   def reseeded(self, seed: int) -> 'Generator':
     """The same, compiled too, with another seed of all samples."""

@@ -70,6 +70,7 @@ def make_step(model: Model, optimizer: optax.GradientTransformation, where: Trai
   config = model.config
   with explain('config'):
     spread = sharding.over_context(where.step.mesh, model.shape[0]) if where else lambda x: x
+  place = sharding.over_batch(where.step.mesh) if where else lambda x: x
   draw, process = model.draw, model.diffusion.process
   rates = {name: build(spec) for name, spec in config.ema.items()}
   size, parts = config.train.batch_size, config.train.accumulate
@@ -112,7 +113,7 @@ def make_step(model: Model, optimizer: optax.GradientTransformation, where: Trai
       return corrected.mean(), (losses, corrected, level)
 
     def accumulate(grads, i):
-      with layers.gradients_leave_in(config.train.reduce):
+      with layers.gradients_leave_in(config.train.reduce), layers.placed(place):
         (_, seen), more = jax.value_and_grad(loss_of, has_aux=True)(state.params, i)
       return jax.tree.map(lambda a, b: a + b / parts, grads, more), seen
 

@@ -24,6 +24,7 @@ Array = jax.Array
 PRODUCT = 'product'  # the name of what Dense and Conv return, for policies of jax.checkpoint
 VALUES, SCALE = 'kernel_int8', 'kernel_scale'  # the parameters in the place of 'kernel' that `quantise.int8` makes
 _LEAVES_IN: contextvars.ContextVar[str] = contextvars.ContextVar('_LEAVES_IN', default='float32')
+_PLACED: contextvars.ContextVar[Callable] = contextvars.ContextVar('_PLACED', default=lambda x: x)
 
 
 @contextlib.contextmanager
@@ -37,6 +38,20 @@ def gradients_leave_in(dtype: str) -> Iterator[None]:
     yield
   finally:
     _LEAVES_IN.reset(token)
+
+
+@contextlib.contextmanager
+def placed(place: Callable[[Array], Array]) -> Iterator[None]:
+  """Within it, `place` is applied to all that Dense and Conv return [B, ...], to say over which devices it lies.
+
+  Left to itself, XLA may spread activations as kernels are spread, and gather the batch for it. Read while layers are
+  traced.
+  """
+  token = _PLACED.set(place)
+  try:
+    yield
+  finally:
+    _PLACED.reset(token)
 
 
 def uniform_init(scale: float = 1.0) -> Callable:
@@ -152,9 +167,11 @@ class GroupNorm(nn.Module):
 def affine(product: Callable, kernel_grad: Callable, x: Array, kernel: Array, bias: Array, dtype: str) -> Array:
   """product(x, kernel) + bias in `dtype`, with float32 gradients of kernel and bias."""
   if dtype == 'float32':
-    return checkpoint_name(product(x, kernel) + bias, PRODUCT)
-  kernel_grad = functools.partial(kernel_grad, dtype=jnp.dtype(_LEAVES_IN.get()))
-  return checkpoint_name(_low_precision(product, kernel_grad, jnp.dtype(dtype), x.astype(dtype), kernel, bias), PRODUCT)
+    y = product(x, kernel) + bias
+  else:
+    kernel_grad = functools.partial(kernel_grad, dtype=jnp.dtype(_LEAVES_IN.get()))
+    y = _low_precision(product, kernel_grad, jnp.dtype(dtype), x.astype(dtype), kernel, bias)
+  return checkpoint_name(_PLACED.get()(y), PRODUCT)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))

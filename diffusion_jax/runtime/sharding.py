@@ -108,6 +108,19 @@ def over_context(mesh: Mesh, size: int) -> Callable:
   return lambda x: jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P(BATCH, 'context')))
 
 
+def over_batch(mesh: Mesh) -> Callable:
+  """x [B, ...] -> x, within a jitted function, spread by its examples where parameters are spread too.
+
+  Without it XLA spreads what a spread kernel gives over its channels, gathers the batch, and needs many times the
+  memory. What does not divide is left to XLA, and so are all other axes.
+  """
+  if mesh.shape['fsdp'] == mesh.shape['tensor'] == 1:
+    return lambda x: x
+  lanes = math.prod(mesh.shape[axis] for axis in BATCH)
+  place = lambda x: NamedSharding(mesh, P(BATCH, *[P.UNCONSTRAINED] * (x.ndim - 1)))
+  return lambda x: x if len(x) % lanes else jax.lax.with_sharding_constraint(x, place(x))
+
+
 def check_convolutions(mesh: Mesh, program: Callable, *arguments: Any) -> None:
   """Raises ValueError if a program, traced for `arguments`, has convolutions that XLA gets wrong on `mesh`.
 
