@@ -10,7 +10,7 @@ from diffusion_jax.runtime.config import spec
 
 
 def sent(part, batch_size, **mesh):
-  """Bytes that a device sends in the train step, or in the sampler, of a small transformer on the eight devices."""
+  """Bytes that a device sends in the train step, or in the sampler, of a small transformer on eight devices."""
   config = default_config()
   config.data.update({'source': 'synthetic:8x8x3:64', 'size': 8})
   config.net = spec(dit.DiT, width=32, depth=2, heads=2, patch=2, num_classes=0, scan=True, dtype='bfloat16')
