@@ -12,8 +12,8 @@ from diffusion_jax.runtime.sharding import lanes_of
 
 USABLE = 0.85  # of a device's memory: the allocator leaves gaps, and networks that score samples want some
 FIRST = 64     # samples of a device in the program that is compiled first, and used if no more are wanted
-# Samples of a device beyond which a batch is not worth its size: evaluate keeps a file of each. On a CPU an image of the
-# small net takes 5 % less time with 32 of them than with 8 (experiments/throughput); elsewhere it is not measured.
+# Samples of a device beyond which a batch is not worth its size: evaluate keeps a file of each. On a CPU an image of
+# the small net takes 5 % less time with 32 of them than with 8 (experiments/throughput); elsewhere it is not measured.
 MOST = {'cpu': 64}
 MOST_ELSEWHERE = 1024
 
