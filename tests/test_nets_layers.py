@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from nets import SPACES, filled, jit, normal
 
-from diffusion_jax.nets import codecs, layers
+from diffusion_jax.nets import codecs, layers, products
 
 
 @pytest.mark.parametrize('dim', [4, 32, 33, 128])
@@ -55,10 +55,10 @@ def test_conv_is_a_correlation(space, size, stride):
 # Gradients
 
 
-PRODUCTS = {'dot': (layers._dot, layers._dot_kernel_grad, (2, 5, 3), (3, 4))} | {
+PRODUCTS = {'dot': (products.dot, products.dot_kernel_grad, (2, 5, 3), (3, 4))} | {
     f'conv, stride {stride}, size {size}, {space}': (
-        functools.partial(layers._conv, stride=stride),
-        functools.partial(layers._conv_kernel_grad, stride=stride, size=size),
+        functools.partial(products.conv, stride=stride),
+        functools.partial(products.conv_kernel_grad, stride=stride, size=size),
         (2, *space, 3), (size,) * len(space) + (3, 4))
     for stride, size, space in itertools.product((1, 2), (1, 3), SPACES)}
 
@@ -87,8 +87,8 @@ def test_handwritten_gradients_are_jaxs(gradients, name):
 
 
 @pytest.mark.parametrize(('fast', 'space'), [
-    (layers._winograd, (8,)), (layers._winograd, (6, 4)), (layers._winograd, (4, 2, 6)),
-    (layers._one_product, (5,)), (layers._one_product, (4, 3)), (layers._one_product, (2, 1, 3))])
+    (products.winograd, (8,)), (products.winograd, (6, 4)), (products.winograd, (4, 2, 6)),
+    (products.one_product, (5,)), (products.one_product, (4, 3)), (products.one_product, (2, 1, 3))])
 def test_convolutions_on_cpu_have_every_derivative(fast, space):
   """The algorithms that are faster on CPU equal XLA's own: backward, forward, in one argument, batched, and twice."""
   with jax.enable_x64(True):
@@ -102,7 +102,7 @@ def test_convolutions_on_cpu_have_every_derivative(fast, space):
         'twice': lambda f: jax.grad(lambda k: jnp.sum(jax.grad(f)(x, k) ** 2))(kernel),
     }
     total = lambda conv: lambda x, kernel: jnp.sum(jnp.sin(conv(x, kernel)))
-    both = jit(lambda: {name: (of(total(jax.checkpoint(fast))), of(total(layers._plain_conv)))
+    both = jit(lambda: {name: (of(total(jax.checkpoint(fast))), of(total(products.plain_conv)))
                         for name, of in derivatives.items()})()
   for name, (ours, xlas) in both.items():
     for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(xlas), strict=True):
@@ -114,10 +114,10 @@ def test_convolutions_on_cpu_have_every_derivative(fast, space):
                                                ((7,), True), ((2, 4, 4), False)])
 def test_the_fast_convolution_is_as_exact_as_float32_allows(space, fast):
   x, kernel = normal(2, *space, 64), normal(*(3,) * len(space), 64, 65, seed=2) / 24
-  assert ('product' in str(jax.make_jaxpr(functools.partial(layers._conv, stride=1))(x, kernel))) == fast
+  assert ('product' in str(jax.make_jaxpr(functools.partial(products.conv, stride=1))(x, kernel))) == fast
   with jax.enable_x64(True):
-    exact = jit(layers._plain_conv)(x.astype(float), kernel.astype(float))
-  np.testing.assert_allclose(jit(functools.partial(layers._conv, stride=1))(x, kernel), exact, atol=1e-5)
+    exact = jit(products.plain_conv)(x.astype(float), kernel.astype(float))
+  np.testing.assert_allclose(jit(functools.partial(products.conv, stride=1))(x, kernel), exact, atol=1e-5)
 
 
 # The codec

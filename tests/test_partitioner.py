@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec as P
 
 from diffusion_jax import model as model_lib
 from diffusion_jax import train
-from diffusion_jax.nets import dit, layers
+from diffusion_jax.nets import dit, products
 from diffusion_jax.runtime import sharding
 from diffusion_jax.runtime.config import UserError
 
@@ -72,7 +72,7 @@ def test_a_product_split_three_ways(batch):
 def test_a_convolution_of_which_image_and_kernel_are_split(size):
   """Why `sharding.check_convolutions` refuses a mesh with context and tensor."""
   arrays = [nets.normal(2, 8, 8, 4), nets.normal(size, size, 4, 8)]
-  agree(layers._plain_conv, sharding.make_mesh(1, 1, 2, 2), arrays,
+  agree(products.plain_conv, sharding.make_mesh(1, 1, 2, 2), arrays,
         [(None, 'context'), (None, None, None, 'tensor')], (None, 'context', None, 'tensor'))
 
 
@@ -81,7 +81,7 @@ def test_the_gradient_of_a_convolution_with_its_rows_split(rows):
   """Why each device must keep two rows: by one, gradients of what goes in are twice too large on two of `data`."""
   arrays = [nets.normal(4, rows, 4, 4), nets.normal(3, 3, 4, 4), nets.normal(4, rows, 4, 4, seed=2)]
   split = (sharding.BATCH, 'context')
-  agree(lambda x, kernel, g: jax.vjp(layers._plain_conv, x, kernel)[1](g)[0], sharding.make_mesh(2, 1, 1, 2), arrays,
+  agree(lambda x, kernel, g: jax.vjp(products.plain_conv, x, kernel)[1](g)[0], sharding.make_mesh(2, 1, 1, 2), arrays,
         [split, (), split], split)
 
 
@@ -101,7 +101,7 @@ def test_meshes_that_compute_something_else_are_refused(mesh, shape, words):
 
 
 def test_convolutions_are_found_wherever_they_are():
-  conv = lambda x, kernel: layers._plain_conv(x, kernel).sum()
+  conv = lambda x, kernel: products.plain_conv(x, kernel).sum()
   scanned = lambda x, kernel: jax.lax.scan(lambda c, k: (c + jax.checkpoint(conv)(x, k), None), 0.0, kernel[None])[0]
   x, kernel = np.zeros((1, 6, 8, 1)), np.zeros((3, 3, 1, 1))
   rows = lambda function: set(sharding._rows(jax.make_jaxpr(function)(x, kernel).jaxpr))

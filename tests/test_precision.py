@@ -14,7 +14,7 @@ from nets import filled, jit, normal
 
 from diffusion_jax import evaluate, sample, train
 from diffusion_jax import model as model_lib
-from diffusion_jax.nets import edm2, layers, quantise
+from diffusion_jax.nets import edm2, layers, products, quantise
 from diffusion_jax.nets.dit import DiT, MMDiT
 from diffusion_jax.nets.text_unet import TextUNet
 from diffusion_jax.nets.unet import ADM, DDPMpp, NCSNpp, UNet
@@ -90,7 +90,7 @@ def test_the_error_is_within_the_bound_of_rounding(name):
   s = jnp.broadcast_to(held[layers.SCALE], params['kernel'].shape)
   # Every product as a layer that only adds: without bias, and for a kernel that is not normalised.
   if isinstance(net, edm2.MPConv):
-    product = lambda x, w: layers._plain_conv(x, w) / math.sqrt(math.prod(w.shape[:-1]))
+    product = lambda x, w: products.plain_conv(x, w) / math.sqrt(math.prod(w.shape[:-1]))
   else:
     product = lambda x, w: net.apply({'params': {'kernel': w, 'bias': jnp.zeros(5)}}, x)
   bound = product(jnp.abs(x), s / 2) + product(r / 2, jnp.abs(params['kernel'])) + product(r / 2, s / 2)
@@ -165,8 +165,8 @@ def test_where_integers_are_not_convolved_a_matrix_gives_the_same(space):
   rng = np.random.default_rng(0)
   x, kernel = (jnp.asarray(rng.integers(-127, 128, shape), jnp.int8) for shape in (
       (2, *space, 4), (*(3,) * len(space), 4, 5)))
-  both = jit(lambda x, kernel: [[of(x, kernel, stride, jnp.int32) for of in (layers._patches_dot, layers._plain_conv)]
-                                for stride in (1, 2)])
+  forms = products.patches_product, products.plain_conv
+  both = jit(lambda x, kernel: [[of(x, kernel, stride, jnp.int32) for of in forms] for stride in (1, 2)])
   for found, expected in both(x, kernel):
     assert found.dtype == jnp.int32
     np.testing.assert_array_equal(found, expected)

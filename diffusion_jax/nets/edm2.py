@@ -15,7 +15,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from diffusion_jax.nets import blocks, layers
+from diffusion_jax.nets import blocks, layers, products
 from diffusion_jax.nets.resample import down, up
 
 Array = jax.Array
@@ -86,9 +86,9 @@ class MPConv(nn.Module):
     weights = normalise_kernel(kernel) / math.sqrt(math.prod(shape[:-1]))
     bias = jnp.zeros(self.features)
     if self.size < 2:
-      return layers.affine(layers._dot, layers._dot_kernel_grad, x, weights.reshape(shape[-2:]), bias, self.dtype)
-    return layers.affine(functools.partial(layers._conv, stride=1),
-                         functools.partial(layers._conv_kernel_grad, stride=1, size=self.size), x, weights, bias,
+      return layers.affine(products.dot, products.dot_kernel_grad, x, weights.reshape(shape[-2:]), bias, self.dtype)
+    return layers.affine(functools.partial(products.conv, stride=1),
+                         functools.partial(products.conv_kernel_grad, stride=1, size=self.size), x, weights, bias,
                          self.dtype)
 
 

@@ -7,7 +7,6 @@ float32: what is summed over devices is float32 too (a plain cast of the kernel 
 import contextlib
 import contextvars
 import functools
-import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
@@ -17,8 +16,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
-from jax.extend.core import Primitive
-from jax.interpreters import ad, batching, mlir
+
+from diffusion_jax.nets import products
 
 Array = jax.Array
 PRODUCT = 'product'  # the name of what Dense and Conv return, for policies of jax.checkpoint
@@ -79,7 +78,7 @@ class Dense(nn.Module):
     bias = self.param('bias', nn.initializers.zeros, (self.features,))
     if isinstance(kernel, Integers):
       return in_integers(x, kernel, bias, self.dtype)
-    return affine(_dot, _dot_kernel_grad, x, kernel, bias, self.dtype)
+    return affine(products.dot, products.dot_kernel_grad, x, kernel, bias, self.dtype)
 
 
 class Conv(nn.Module):
@@ -101,9 +100,10 @@ class Conv(nn.Module):
     if isinstance(kernel, Integers):
       return in_integers(x, kernel, bias, self.dtype, self.stride)
     if self.size == 1 and self.stride == 1:
-      return affine(_dot, _dot_kernel_grad, x, kernel.reshape(kernel.shape[-2:]), bias, self.dtype)
-    return affine(functools.partial(_conv, stride=self.stride),
-                  functools.partial(_conv_kernel_grad, stride=self.stride, size=self.size), x, kernel, bias, self.dtype)
+      return affine(products.dot, products.dot_kernel_grad, x, kernel.reshape(kernel.shape[-2:]), bias, self.dtype)
+    return affine(functools.partial(products.conv, stride=self.stride),
+                  functools.partial(products.conv_kernel_grad, stride=self.stride, size=self.size), x, kernel, bias,
+                  self.dtype)
 
 
 @jax.named_scope('attention')
@@ -228,126 +228,10 @@ def in_integers(x: Array, kernel: Integers, bias: Array, dtype: str, stride: int
   values, scale = kernel
   if math.prod(values.shape[:-2]) == stride == 1:
     x, range_of = rounded(x, [-1])
-    total = _dot(x, values.reshape(values.shape[-2:]), jnp.int32)
+    total = products.dot(x, values.reshape(values.shape[-2:]), jnp.int32)
   else:
     x, range_of = rounded(x, range(1, x.ndim))
     # XLA convolves no integers on GPUs.
-    total = (_patches_dot if jax.default_backend() == 'gpu' else _plain_conv)(x, values, stride, jnp.int32)
+    convolve = products.patches_product if jax.default_backend() == 'gpu' else products.plain_conv
+    total = convolve(x, values, stride, jnp.int32)
   return (total.astype(jnp.float32) * (range_of * scale) + bias).astype(dtype)
-
-
-def _patches_dot(x, kernel, stride, dtype):
-  """_plain_conv as one product of a matrix."""
-  return _dot(_seen(x, kernel.shape[:-2], stride), kernel.reshape(-1, kernel.shape[-1]), dtype)
-
-
-def _seen(x, window, stride):
-  """What a convolution sees of x at each place, side by side: [B, *S, C] -> [B, *S // stride, prod(window) C]."""
-  x = jnp.pad(x, [(0, 0), *(_padding(n, k, stride) for n, k in zip(x.shape[1:-1], window, strict=True)), (0, 0)])
-  last = [n - k + 1 for n, k in zip(x.shape[1:-1], window, strict=True)]
-  parts = [x[(slice(None), *(slice(i, i + n, stride) for i, n in zip(offsets, last, strict=True)))]
-           for offsets in itertools.product(*map(range, window))]
-  return jnp.concatenate(parts, -1)
-
-
-def _dot(x, kernel, dtype=None):
-  return jnp.matmul(x, kernel, preferred_element_type=dtype)
-
-
-def _dot_kernel_grad(x, g, dtype=None):
-  return lax.dot_general(x.reshape(-1, x.shape[-1]), g.reshape(-1, g.shape[-1]), (((0,), (0,)), ((), ())),
-                         preferred_element_type=dtype or jnp.promote_types(x.dtype, jnp.float32))
-
-
-def _padding(size, kernel, stride):
-  """SAME padding (low, high) of one axis."""
-  total = max((math.ceil(size / stride) - 1) * stride + kernel - size, 0)
-  return total // 2, total - total // 2
-
-
-def _conv(x, kernel, stride):
-  space = x.shape[1:-1]
-  # Small layers have more to mix than to multiply; on three axes the program would be too long to compile.
-  if (jax.default_backend() == 'cpu' and x.dtype == jnp.float32 and stride == 1 and set(kernel.shape[:-2]) == {3}
-      and min(kernel.shape[-2:]) >= 64 and len(space) < 3):
-    if math.prod(space) < 64:
-      return _one_product(x, kernel)
-    if not any(n % 2 for n in space):
-      return jax.checkpoint(_winograd)(x, kernel)  # its mixed copies of x are made again for the gradient, not kept
-  return _plain_conv(x, kernel, stride)
-
-
-def _plain_conv(x, kernel, stride=1, dtype=None):
-  dims = x.ndim - 2
-  space = ''.join('DHW'[3 - dims:])
-  padding = [_padding(n, k, stride) for n, k in zip(x.shape[1:-1], kernel.shape, strict=False)]
-  return lax.conv_general_dilated(x, kernel, (stride,) * dims, padding,
-                                  dimension_numbers=(f'N{space}C', f'{space}IO', f'N{space}C'),
-                                  preferred_element_type=dtype)
-
-
-# x @ kernel, whose kernel gradient is x^T g in this order. JAX's own is (g^T x)^T, for which XLA's CPU backend writes a
-# transposed copy of g, computing all of g again in an order that is several times slower than the product itself.
-_product = Primitive('product')
-_product.def_impl(jax.jit(_dot))
-_product.def_abstract_eval(lambda x, kernel: x.update(shape=(*x.shape[:-1], kernel.shape[-1])))
-mlir.register_lowering(_product, mlir.lower_fun(_dot, multiple_results=False))
-ad.defbilinear(_product, lambda g, x, kernel: _product.bind(g, kernel.T), lambda g, x, kernel: _dot_kernel_grad(x, g))
-batching.primitive_batchers[_product] = lambda arguments, axes: (jax.vmap(_dot, axes)(*arguments), 0)
-
-
-def _one_product(x, kernel):
-  """_plain_conv(x, kernel). At a few places its copies cost little, and on a CPU products are up to twice as fast."""
-  return _product.bind(_seen(x, kernel.shape[:-2], 1), kernel.reshape(-1, kernel.shape[-1]))
-
-
-def _winograd(x, kernel):
-  """_plain_conv(x, kernel) for kernels of size 3 and even axes, by minimal filtering F(2, 3): Lavin & Gray 2015, 4.1.
-
-  Along each axis, two outputs take four products in place of six. On a CPU this is one and a half times as fast as
-  XLA's convolution, and twice to three times in the gradient of the kernel, for which XLA's backend has no good code.
-  """
-  axes = range(1, x.ndim - 1)
-  inputs, matrices = [jnp.pad(x, [(0, 0), *[(1, 1)] * len(axes), (0, 0)])], [kernel]
-  for axis in axes:
-    inputs = [part for a in inputs for part in _mix_inputs(a, axis)]
-    matrices = [part for a in matrices for part in _mix_kernel(a)]
-  outputs = [_product.bind(a, matrix) for a, matrix in zip(inputs, matrices, strict=True)]
-  for axis in reversed(axes):
-    outputs = [_mix_outputs(*outputs[i:i + 4], axis) for i in range(0, len(outputs), 4)]
-  return outputs[0]
-
-
-def _mix_inputs(x, axis):
-  """What is multiplied along an axis, for windows of 4 that overlap by 2: x [.., 2 n + 2, ..] -> 4 of [.., n, ..]."""
-  n = x.shape[axis] // 2 - 1
-  pairs = x.reshape(*x.shape[:axis], n + 1, 2, *x.shape[axis + 1:])  # not strided: its transpose is fast too
-  (a, c), (b, d) = ([lax.slice_in_dim(half, i, i + n, 1, axis) for i in (0, 1)] for half in (
-      lax.index_in_dim(pairs, i, axis + 1, keepdims=False) for i in (0, 1)))
-  return a - c, b + c, c - b, b - d
-
-
-def _mix_kernel(kernel):
-  """[3, ..] -> 4 of [..]."""
-  a, b, c = kernel
-  return a, (a + b + c) / 2, (a - b + c) / 2, c
-
-
-def _mix_outputs(a, b, c, d, axis):
-  """4 products [.., n, ..] -> [.., 2 n, ..]."""
-  pairs = jnp.stack([a + b + c, b - c - d], axis + 1)
-  return pairs.reshape(*a.shape[:axis], 2 * a.shape[axis], *a.shape[axis + 1:])
-
-
-def _conv_kernel_grad(x, g, stride, size, dtype=jnp.float32):
-  """The gradient of _conv's kernel: a convolution of x with g in which batch and channels change places."""
-  dims = x.ndim - 2
-  space = ''.join('DHW'[3 - dims:])
-  # The window must slide `size` times: the high padding is whatever makes it so.
-  padding = []
-  for n, m in zip(x.shape[1:-1], g.shape[1:-1], strict=True):
-    low, _ = _padding(n, size, stride)
-    padding.append((low, (m - 1) * stride + size - n - low))
-  return lax.conv_general_dilated(x, g, (1,) * dims, padding, rhs_dilation=(stride,) * dims,
-                                  dimension_numbers=(f'C{space}N', f'I{space}O', f'{space}NC'),
-                                  preferred_element_type=dtype)

@@ -6,7 +6,7 @@
 F, stays as it was: these few are where rounding shows. Norms, biases and tables of embeddings are no kernels.
 
 qwix does the same by replacing functions of jax while a network is traced, and knows a weight as the array that
-reaches them: kernels that are reshaped, mixed (`layers._winograd`) or multiplied by `@` are none to it.
+reaches them: kernels that are reshaped, mixed (`products.winograd`) or multiplied by `@` are none to it.
 """
 import re
 from collections.abc import Callable, Mapping

@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from diffusion_jax.nets import blocks, layers
+from diffusion_jax.nets import blocks, layers, products
 from diffusion_jax.nets.layers import Conv, Dense, GroupNorm
 from diffusion_jax.nets.unet import UNet
 
@@ -149,4 +149,4 @@ class _Product(nn.Module):
     kernel, bias = layers.kernel_of(self, layers.uniform_init(), (x.shape[-1], self.features)), jnp.zeros(self.features)
     if isinstance(kernel, layers.Integers):
       return layers.in_integers(x, kernel, bias, self.dtype)
-    return layers.affine(layers._dot, layers._dot_kernel_grad, x, kernel, bias, self.dtype)
+    return layers.affine(products.dot, products.dot_kernel_grad, x, kernel, bias, self.dtype)

@@ -63,7 +63,7 @@ def quickly(init: Any, shardings: Any) -> Any:
 def counted(traced: Any) -> float:
   """FLOPs of what was traced as for an accelerator, where convolutions are what they are by definition.
 
-  On a CPU some are computed with fewer multiplications (nets/layers.py): the work is counted, not how it is done.
+  On a CPU some are computed with fewer multiplications (nets/products.py): the work is counted, not how it is done.
   """
   return sum(flops(traced.jaxpr).values())
 
