@@ -50,7 +50,7 @@ def plain_conv(x: Array, kernel: Array, stride: int = 1, dtype: jnp.dtype | None
 
 
 def conv_kernel_grad(x: Array, g: Array, stride: int, size: int, dtype: jnp.dtype = jnp.float32) -> Array:
-  """The gradient of `conv`'s kernel, of `size` along each axis: x convolved with g, batch and channels changing places."""
+  """The gradient of `conv`'s kernel, of `size` along each axis: x convolved with g, batch and channels swapped."""
   dims = x.ndim - 2
   space = ''.join('DHW'[3 - dims:])
   # The window must slide `size` times: the high padding is whatever makes it so.
