@@ -31,10 +31,11 @@ def conv(x: Array, kernel: Array, stride: int) -> Array:
   space = x.shape[1:-1]
   # Small layers have more to mix than to multiply; on three axes the program would be too long to compile.
   if (jax.default_backend() == 'cpu' and x.dtype == jnp.float32 and stride == 1 and set(kernel.shape[:-2]) == {3}
-      and min(kernel.shape[-2:]) >= 64 and len(space) < 3):
-    if math.prod(space) < 64:
+      and len(space) < 3):
+    width, places = min(kernel.shape[-2:]), math.prod(space)
+    if width >= 256 and places < 64:
       return one_product(x, kernel)
-    if not any(n % 2 for n in space):
+    if width >= 64 and places >= 64 and not any(n % 2 for n in space):
       return jax.checkpoint(winograd)(x, kernel)  # its mixed copies of x are made again for the gradient, not kept
   return plain_conv(x, kernel, stride)
 
@@ -94,7 +95,7 @@ batching.primitive_batchers[_product] = lambda arguments, axes: (jax.vmap(dot, a
 
 
 def one_product(x: Array, kernel: Array) -> Array:
-  """plain_conv(x, kernel). At a few places its copies cost little, and on a CPU products are up to twice as fast."""
+  """plain_conv(x, kernel). At a few places its copies cost little beside wide kernels, and a CPU multiplies sooner."""
   return _product.bind(_patches(x, kernel.shape[:-2], 1), kernel.reshape(-1, kernel.shape[-1]))
 
 

@@ -4,7 +4,6 @@ XLA ends a process at a flag that it does not know: every flag here is known to 
 which tests/test_backend.py asks of the one that is installed. What the user has set keeps its value.
 """
 import contextlib
-import ctypes
 import glob
 import importlib.util
 import os
@@ -29,8 +28,6 @@ FLAGS = {
         'xla_enable_async_all_gather': 'true',
     }},
 }
-# Of glibc's malloc.h: never give memory back, map no block by itself, one heap for all threads.
-MALLOC = {'M_TRIM_THRESHOLD': (-1, -1), 'M_MMAP_MAX': (-4, 0), 'M_ARENA_MAX': (-8, 1)}
 # {kind of device: (its names in JAX_PLATFORMS, the modules of which one must be installed)}
 PLUGINS = {'tpu': ({'tpu'}, ('libtpu',)), 'gpu': ({'gpu', 'cuda'}, ('jax_cuda12_plugin', 'jax_cuda13_plugin'))}
 
@@ -45,8 +42,6 @@ def prepare(batch_size: int) -> None:
   set_flags('cpu')  # every process has a CPU backend too
   if may_use('tpu'):
     set_flags('tpu')
-  if not (may_use('tpu') or may_use('gpu')):
-    keep_memory()
   if may_use('gpu') and (num_gpus() > 1 or distributed.count() > 1):
     set_flags('gpus')
   if 'host_platform_device_count' in os.environ['XLA_FLAGS'] or 'JAX_NUM_CPU_DEVICES' in os.environ:
@@ -55,19 +50,6 @@ def prepare(batch_size: int) -> None:
   count = max(n for n in range(1, cores + 1) if batch_size % n == 0 and (n == 1 or batch_size // n >= 4))
   with contextlib.suppress(RuntimeError):  # the backend is up already: it keeps the devices it has
     jax.config.update('jax_num_cpu_devices', count)
-
-
-def keep_memory() -> None:
-  """Makes this process keep the memory that it frees for its own next use; without effect where there is no glibc.
-
-  XLA's CPU backend allocates what is between the operations of a program at each call, and frees it after it. Blocks as
-  large are mapped by the kernel, page by page, as they are touched: tenths of the time of a pass. Call it before there
-  are threads.
-  """
-  with contextlib.suppress(OSError, AttributeError):  # another C library, or none that can be asked
-    mallopt = ctypes.CDLL(None).mallopt
-    for option, value in MALLOC.values():
-      mallopt(option, value)
 
 
 def set_flags(place: str) -> None:
