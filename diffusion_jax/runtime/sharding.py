@@ -116,9 +116,8 @@ def over_batch(mesh: Mesh) -> Callable:
   """
   if mesh.shape['fsdp'] == mesh.shape['tensor'] == 1:
     return lambda x: x
-  lanes = math.prod(mesh.shape[axis] for axis in BATCH)
   place = lambda x: NamedSharding(mesh, P(BATCH, *[P.UNCONSTRAINED] * (x.ndim - 1)))
-  return lambda x: x if len(x) % lanes else jax.lax.with_sharding_constraint(x, place(x))
+  return lambda x: x if len(x) % lanes_of(mesh) else jax.lax.with_sharding_constraint(x, place(x))
 
 
 def check_convolutions(mesh: Mesh, program: Callable, *arguments: Any) -> None:
