@@ -105,6 +105,7 @@ def train(config: Config, workdir: pathlib.Path, allow_changes: bool = False, pr
   Nothing is written before everything that can be wrong with the input has been seen.
   """
   source = open_source(config)
+  backend.keep_memory(source.shape)
   with explain('config'):
     mesh = sharding.make_mesh(**config.mesh)
     sharding.check_divides(mesh, config.train.batch_size // config.train.accumulate, 'train.batch_size / accumulate')

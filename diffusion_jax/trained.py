@@ -11,7 +11,7 @@ from flax.errors import ScopeParamNotFoundError
 from diffusion_jax import model as model_lib
 from diffusion_jax.model import Model
 from diffusion_jax.nets import quantise
-from diffusion_jax.runtime import sharding, snapshots
+from diffusion_jax.runtime import backend, sharding, snapshots
 from diffusion_jax.runtime.checkpoint import Checkpoints
 from diffusion_jax.runtime.config import Config, UserError, explain, from_json, nearest
 
@@ -47,6 +47,7 @@ def restore(workdir: pathlib.Path, ema_name: str, step: int | None,
   choose_devices(config)
   config.train.ema_on_host = False  # this is no training
   about = json.loads((workdir / 'data.json').read_text())
+  backend.keep_memory(about['shape'])
   class_names = tuple(about['class_names'])
   model = model_lib.make(config, about['shape'], about['num_classes'], class_names, workdir)
   mesh = sharding.make_mesh()

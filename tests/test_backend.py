@@ -1,5 +1,6 @@
 """What XLA is told before it starts."""
 import os
+import platform
 import subprocess
 import sys
 import types
@@ -108,3 +109,28 @@ def test_this_version_of_xla_knows_every_flag(more, passes):
   done = subprocess.run([sys.executable, '-c', 'import jax; jax.jit(lambda x: x + 1)(1.0)'], capture_output=True,
                         env={**os.environ, 'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': ' '.join([*told, more])})
   assert (done.returncode == 0) == passes, done.stderr[-500:]
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != 'glibc', reason='only glibc is told to keep memory')
+@pytest.mark.parametrize(('shape', 'chosen', 'kept'), [
+    ((32, 32, 3), {}, True), ((1024, 2), {}, True), ((8, 8, 1), {}, False),
+    ((32, 32, 3), {'MALLOC_ARENA_MAX': '4'}, False)])
+def test_a_process_keeps_the_memory_that_it_frees(shape, chosen, kept):
+  """Calls of a program touch no page anew where images are large, and all those of their result otherwise."""
+  code = f"""
+import resource
+from diffusion_jax.runtime import backend
+backend.prepare(8)
+backend.keep_memory({shape})
+import jax, jax.numpy as jnp
+work, x, faults = jax.jit(jnp.sin), jnp.ones(2 ** 24), []
+for _ in range(5):
+  before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+  work(x).block_until_ready()
+  faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+print(min(faults), x.nbytes // resource.getpagesize())
+"""
+  environment = {k: v for k, v in os.environ.items() if k != 'XLA_FLAGS'} | {'JAX_PLATFORMS': 'cpu'} | chosen
+  done = subprocess.run([sys.executable, '-c', code], env=environment, capture_output=True, text=True, check=True)
+  faults, pages = map(int, done.stdout.split())
+  assert faults < pages / 10 if kept else faults > pages / 2

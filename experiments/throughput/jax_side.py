@@ -73,8 +73,9 @@ class Trainer:
 
   def __init__(self, config: Config, compiled: bool = True):
     backend.prepare(config.train.batch_size)
-    self.mesh = sharding.make_mesh(**config.mesh)
     source = train_lib.open_source(config)
+    backend.keep_memory(source.shape)
+    self.mesh = sharding.make_mesh(**config.mesh)
     self.model, optimizer = model_lib.make(config, source.shape, source.num_classes), model_lib.optimizer_of(config)
     shardings = jax.tree.map(lambda a: a.sharding, model_lib.abstract_state(self.model, self.mesh))
     self.state = quickly(lambda key: model_lib.initial_state(self.model, optimizer, key), shardings)
@@ -109,9 +110,10 @@ def sample(job: Job) -> Prepared:
   """The generator of the sample command: ids to uint8 images."""
   case, net = job.case, cases.net_of(job.case)
   config = config_of(case)
+  shape = (net.size, net.size, net.channels)
   backend.prepare(config.sample.batch_size)
-  mesh = sharding.make_mesh()
-  model = model_lib.make(config, (net.size, net.size, net.channels), 0)
+  backend.keep_memory(shape)
+  mesh, model = sharding.make_mesh(), model_lib.make(config, shape, 0)
   params = quickly(model.init, sharding.replicated(mesh))
   equal.write(job.folder, equal.module(net), net, jax.device_get(params['net']))
   generator = Generator(model, config.sample, config.seed, mesh)
@@ -126,6 +128,7 @@ def forward(job: Job) -> Prepared:
   """One pass of the network on the devices that the sample command would choose; so of the autoencoder's halves."""
   case, about = job.case, cases.net_of(job.case)
   backend.prepare(case.batch)
+  backend.keep_memory((about.size, about.size, about.channels))
   mesh, net = sharding.make_mesh(), equal.module(about, case.dtype)
   host = equal.random_params(equal.shapes(net, case))
   equal.write(job.folder, net, about, host)
@@ -152,6 +155,7 @@ def features(job: Job) -> Prepared:
   """What evaluate calls: images uint8 to all outputs of the Inception network, in batches."""
   case = job.case
   backend.prepare(case.batch)
+  backend.keep_memory((inception.SIZE, inception.SIZE, 3))
   params, images = inception.from_torch(cases.weights(inception_shapes())), cases.images(case)
   params = batches.place(params, case.batch)
   call = lambda: inception.extract(params, images, case.batch)
