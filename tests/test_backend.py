@@ -116,7 +116,10 @@ def test_this_version_of_xla_knows_every_flag(more, passes):
     ((32, 32, 3), {}, True), ((1024, 2), {}, True), ((8, 8, 1), {}, False),
     ((32, 32, 3), {'MALLOC_ARENA_MAX': '4'}, False)])
 def test_a_process_keeps_the_memory_that_it_frees(shape, chosen, kept):
-  """Calls of a program touch no page anew where images are large, and all those of their result otherwise."""
+  """Calls of a program touch no page anew where images are large, and all those of their result otherwise.
+
+  The median, since the heap grows for the first few calls.
+  """
   code = f"""
 import resource
 from diffusion_jax.runtime import backend
@@ -124,11 +127,11 @@ backend.prepare(8)
 backend.keep_memory({shape})
 import jax, jax.numpy as jnp
 work, x, faults = jax.jit(jnp.sin), jnp.ones(2 ** 24), []
-for _ in range(5):
+for _ in range(31):
   before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
   work(x).block_until_ready()
   faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
-print(min(faults), x.nbytes // resource.getpagesize())
+print(sorted(faults)[15], x.nbytes // resource.getpagesize())
 """
   environment = {k: v for k, v in os.environ.items() if k != 'XLA_FLAGS'} | {'JAX_PLATFORMS': 'cpu'} | chosen
   done = subprocess.run([sys.executable, '-c', code], env=environment, capture_output=True, text=True, check=True)
