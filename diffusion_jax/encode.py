@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from diffusion_jax.data import sources
-from diffusion_jax.metrics import features, frechet, inception, reference, weights
+from diffusion_jax.metrics import features, frechet, reference, weights
 from diffusion_jax.metrics.features import Extractor
 from diffusion_jax.metrics.reference import Reference
 from diffusion_jax.model import default_config, open_data
@@ -86,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   if overrides:
     raise UserError(f'encode takes no config: --config.{next(iter(overrides))} is for train')
   backend.prepare(features.BATCH)
-  backend.keep_memory((inception.SIZE, inception.SIZE, 3))
+  backend.keep_memory(features.SHAPE)
   if bool(flags.workdir) == bool(flags.source):
     raise UserError('give either --workdir, a run whose data is meant, or --source')
   if flags.out and not flags.out.endswith('.safetensors'):

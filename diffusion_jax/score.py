@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from diffusion_jax.data import sources
-from diffusion_jax.metrics import features, inception, reference, scores
+from diffusion_jax.metrics import features, reference, scores
 from diffusion_jax.metrics.features import Extractor
 from diffusion_jax.metrics.reference import Reference
 from diffusion_jax.runtime import backend, command, log
@@ -85,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   if overrides:
     raise UserError(f'score takes no config: --config.{next(iter(overrides))} is for train')
   backend.prepare(features.BATCH)
-  backend.keep_memory((inception.SIZE, inception.SIZE, 3))
+  backend.keep_memory(features.SHAPE)
   against = []
   for text in flags.features.split(','):
     with explain('--features'):

@@ -18,6 +18,7 @@ from diffusion_jax.metrics import batches, classifiers, dinov2, inception, weigh
 __all__ = ['Extractor', 'make', 'names']
 SIZE = 8    # of the pixels' averages
 BATCH = 32  # images that a large network sees at once
+SHAPE = (inception.SIZE, inception.SIZE, 3)  # of what the largest of them sees
 
 
 class Extractor(NamedTuple):

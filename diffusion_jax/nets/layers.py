@@ -155,13 +155,13 @@ class GroupNorm(nn.Module):
     # One pass for both moments, then one multiply and add per element.
     y = x.astype(jnp.float32)
     space = tuple(range(1, x.ndim - 1))
-    per_group = lambda a: a.reshape(len(x), self.num_groups, -1).mean(-1, keepdims=True)
+    per_group = lambda a: a.reshape(len(x), self.num_groups, channels // self.num_groups).mean(-1, keepdims=True)
     per_channel = lambda a: jnp.broadcast_to(a, (*a.shape[:2], channels // self.num_groups)).reshape(len(x), channels)
     mean, square = per_group(y.mean(space)), per_group((y * y).mean(space))
     std = per_channel(jnp.sqrt(jnp.maximum(square - mean * mean, 0) + self.epsilon))
     # Both end in a division, since XLA keeps the results of one: what costs less it computes anew for every element.
     slope, offset = scale / std, (bias * std - per_channel(mean) * scale) / std
-    expand = lambda a: a.reshape(len(x), *(1 for _ in space), channels)
+    expand = lambda a: a.reshape(len(x), *[1] * len(space), channels)
     return (y * expand(slope) + expand(offset)).astype(x.dtype)
 
 
